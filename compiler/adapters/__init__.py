@@ -1,0 +1,1 @@
+"""Describing models as entry points: the only place that knows model libraries."""

@@ -1,0 +1,293 @@
+"""Helpers to edit the graph of an `ExportedProgram` and to put the program together again.
+
+A `GraphEditor` is what graph passes work with: it owns a private copy of the graph, adds nodes with fake
+values at once, and knows which tensors the placeholders stand for. The pass manager builds the new program
+from it, with a signature that fits; authors touch no signature.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
+
+from triptych.errors import VerificationError
+
+STATE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def bound_tensor(exported: ExportedProgram, name: str) -> Tensor:
+    """Return the parameter, buffer or constant called `name`; raises `VerificationError` where it is no tensor."""
+    value = exported.state_dict.get(name, exported.constants.get(name))
+    if not isinstance(value, Tensor):
+        raise VerificationError(f"{name!r} is bound to {type(value).__name__}, expected a tensor")
+    return value
+
+
+def bound_names(exported: ExportedProgram) -> dict[str, str]:
+    """Return placeholder name → fully qualified name, for parameters, buffers and constants."""
+    return {
+        spec.arg.name: spec.target
+        for spec in exported.graph_signature.input_specs
+        if spec.kind in STATE_KINDS and spec.target is not None
+    }
+
+
+def mutated_buffers(exported: ExportedProgram) -> frozenset[str]:
+    """Return the names of the tensors that a call changes, by in-place operators or by functional copies."""
+    bound = bound_names(exported)
+    origin: dict[Node, str] = {}
+    changed = set(exported.graph_signature.buffers_to_mutate.values())
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in bound:
+            origin[node] = bound[node.name]
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            for position, argument in enumerate(schema.arguments):
+                value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                if argument.alias_info is None or not isinstance(value, Node) or value not in origin:
+                    continue
+                if argument.alias_info.is_write:
+                    changed.add(origin[value])
+                if any(result.alias_info is not None for result in schema.returns):
+                    origin[node] = origin[value]
+    return frozenset(changed)
+
+
+def rebuild(
+    exported: ExportedProgram,
+    graph_module: GraphModule,
+    signature: ExportGraphSignature | None = None,
+    state_dict: dict[str, Any] | None = None,
+    constants: dict[str, Any] | None = None,
+) -> ExportedProgram:
+    """Return a program with `graph_module`'s graph; tensors and everything not given are shared with `exported`."""
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=signature or exported.graph_signature,
+        state_dict=exported.state_dict if state_dict is None else state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants if constants is None else constants,
+        verifiers=list(exported.verifiers),
+    )
+
+
+def tidied(exported: ExportedProgram) -> ExportedProgram:
+    """Return `exported` as methods of a program want it.
+
+    1. Parameters, buffers and constants that no node uses are dropped: export lists every tensor of the module.
+    2. Assertions about dtypes that tracing has settled are dropped.
+    3. Tensors are detached, sharing their storage: no target lowers a mutation beside a gradient.
+    """
+    graph_module = copy_graph_module(exported)
+    bound = bound_names(exported)
+    for node in list(graph_module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph_module.graph.erase_node(node)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "placeholder" and node.name in bound and not node.users:
+            graph_module.graph.erase_node(node)
+    names = {node.name for node in graph_module.graph.nodes}
+    kept = [spec for spec in exported.graph_signature.input_specs if spec.arg.name in names]
+    targets = {spec.target for spec in kept}
+    graph_module.recompile()
+    return rebuild(
+        exported,
+        graph_module,
+        ExportGraphSignature(kept, list(exported.graph_signature.output_specs)),
+        {name: _detached(value) for name, value in exported.state_dict.items() if name in targets},
+        {name: value for name, value in exported.constants.items() if name in targets},
+    )
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(tensor.detach(), requires_grad=False)
+    return tensor.detach()
+
+
+def copy_graph_module(exported: ExportedProgram) -> GraphModule:
+    """Return a module with a copy of the graph; nested graphs and tensors are shared."""
+    original = exported.graph_module
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(original.graph, mapping, return_output_node=True)
+    value, old_output = output  # type: ignore[misc]
+    graph.output(value).meta = dict(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    graph._codegen = original.graph._codegen
+    copied = GraphModule(original, graph)
+    copied.meta = dict(original.meta)
+    return copied
+
+
+class GraphEditor:
+    """A method's graph under change."""
+
+    def __init__(self, exported: ExportedProgram) -> None:
+        self._exported = exported
+        self._bound = bound_names(exported)
+        self.graph_module = copy_graph_module(exported)
+        self.graph = self.graph_module.graph
+        self.fake_mode = _fake_mode(self.graph)
+
+    def calls(self, *targets: Callable[..., Any]) -> Iterator[Node]:
+        """Yield the nodes that call one of `targets`, in order; safe while editing."""
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and node.target in targets:
+                yield node
+
+    def input(self, name: str) -> Node:
+        """Return the placeholder of the user input `name`; raises `VerificationError` where there is none."""
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name == name:
+                found: Node = node
+                return found
+        raise VerificationError(f"the method has no input {name!r}")
+
+    def tensor_name(self, node: Node) -> str | None:
+        """Return the fully qualified name of the parameter or buffer that `node` stands for, or None."""
+        return self._bound.get(node.name) if node.op == "placeholder" else None
+
+    @property
+    def last_placeholder(self) -> Node:
+        """The node after which computed nodes may stand."""
+        last: Node = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        return last
+
+    @property
+    def user_outputs(self) -> list[Node]:
+        """The nodes whose values the caller receives, in order."""
+        values = self.graph.output_node().args[0]
+        specs = self._exported.graph_signature.output_specs
+        assert isinstance(values, (tuple, list))
+        return [
+            value
+            for spec, value in zip(specs, values, strict=True)
+            if spec.kind == OutputKind.USER_OUTPUT and isinstance(value, Node)
+        ]
+
+    def replace_user_output(self, index: int, node: Node) -> None:
+        """Return `node` to the caller in place of user output `index`."""
+        output = self.graph.output_node()
+        values = output.args[0]
+        assert isinstance(values, (tuple, list))
+        positions = [
+            position
+            for position, spec in enumerate(self._exported.graph_signature.output_specs)
+            if spec.kind == OutputKind.USER_OUTPUT
+        ]
+        changed = list(values)
+        changed[positions[index]] = node
+        output.args = (tuple(changed),)
+
+    def call(self, target: Callable[..., Any], *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
+        """Add a call at the insertion point, with its fake value; `like` lends its source location."""
+        node = self.graph.call_function(target, args, kwargs)
+        if like is not None:
+            node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "unbacked_bindings")}
+        self.refresh(node)
+        return node
+
+    def refresh(self, node: Node) -> None:
+        """Compute `node`'s fake value again from its inputs' values."""
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+        assert callable(node.target)
+        with self.fake_mode:
+            value = node.target(*args, **kwargs)
+        node.meta["val"] = value
+        bindings = compute_unbacked_bindings(self.fake_mode.shape_env, value)
+        if bindings:
+            node.meta["unbacked_bindings"] = bindings
+
+    def refresh_after(self, *changed: Node) -> None:
+        """Compute again the values of everything that depends on `changed`, in order."""
+        dirty = set(changed)
+        for node in self.graph.nodes:
+            if node.op == "call_function" and any(used in dirty for used in node.all_input_nodes):
+                before = node.meta.get("val")
+                self.refresh(node)
+                if not _same_value(before, node.meta["val"]):
+                    dirty.add(node)
+
+    def inline(self, node: Node, function: Callable[..., Any]) -> None:
+        """Replace `node` by the traced body of `function`, which takes `node`'s arguments and gives its results."""
+        slots = [index for index, value in enumerate(node.args) if isinstance(value, Node)]
+        tensors = [node.args[index] for index in slots]
+
+        def body(*values: Any) -> Any:
+            arguments = list(node.args)
+            for index, value in zip(slots, values, strict=True):
+                arguments[index] = value
+            return function(*arguments, **node.kwargs)
+
+        with self.fake_mode:
+            traced = make_fx(body, pre_dispatch=True)(*(used.meta["val"] for used in tensors))  # type: ignore[union-attr]
+        traced.graph.eliminate_dead_code()
+        mapping: dict[Node, Any] = {}
+        placeholders = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
+        mapping.update(zip(placeholders, tensors, strict=True))
+        source = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+        with self.graph.inserting_before(node):
+            for inner in traced.graph.nodes:
+                if inner.op == "output":
+                    _replace_results(node, torch.fx.map_arg(inner.args[0], lambda used: mapping[used]))
+                elif inner.op != "placeholder":
+                    mapping[inner] = self.graph.node_copy(inner, lambda used: mapping[used])
+                    mapping[inner].meta = {"val": inner.meta["val"], **source}
+        self.graph.erase_node(node)
+
+    def finish(self) -> ExportedProgram:
+        """Return the edited program: dead code gone, output names in the signature brought up to date."""
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.graph_module.recompile()
+        values = self.graph.output_node().args[0]
+        assert isinstance(values, (tuple, list))
+        old = self._exported.graph_signature
+        outputs = [
+            OutputSpec(spec.kind, type(spec.arg)(name=value.name), spec.target) if isinstance(value, Node) else spec
+            for spec, value in zip(old.output_specs, values, strict=True)
+        ]
+        inputs: list[InputSpec] = list(old.input_specs)
+        return rebuild(self._exported, self.graph_module, ExportGraphSignature(inputs, outputs))
+
+
+def _replace_results(node: Node, results: Any) -> None:
+    """Let the users of `node` use `results`: one node, a tuple of nodes behind ``getitem`` users, or nothing."""
+    if isinstance(results, Node):
+        node.replace_all_uses_with(results)
+    elif isinstance(results, (tuple, list)):
+        for user in list(node.users):
+            assert user.target is operator.getitem, "a result with several parts is taken apart by getitem"
+            user.replace_all_uses_with(results[user.args[1]])
+            node.graph.erase_node(user)
+
+
+def _fake_mode(graph: Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode()
+
+
+def _same_value(before: object, after: object) -> bool:
+    if isinstance(before, (tuple, list)) and isinstance(after, (tuple, list)):
+        return len(before) == len(after) and all(map(_same_value, before, after))
+    if isinstance(before, Tensor) and isinstance(after, Tensor):
+        return before.shape == after.shape and before.dtype == after.dtype and before.stride() == after.stride()
+    return False

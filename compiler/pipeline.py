@@ -1,0 +1,175 @@
+"""Pipelines as text: ``static-kv-cache{max=2048},swap-sdpa,capture,last-token-logits``.
+
+A pipeline is a sequence of passes; ``capture`` stands between source transforms and the rest. The text and
+the sequence are two forms of one thing: `parse` reads what `format_pipeline` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from triptych.compiler.pass_kinds import GraphPass, Pass, ProgramPass, SourceTransform
+from triptych.compiler.registry import find_pass
+from triptych.errors import PipelineError
+
+CAPTURE: Final = "capture"
+_STEP: Final = re.compile(r"\s*(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)\s*(?P<options>\{[^{}]*\})?\s*")
+_OPTION: Final = re.compile(r"\s*(?P<key>[a-z_][a-z0-9_]*)\s*=\s*(?P<value>[^,=\s{}]+)\s*")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes before capture, whether capture stands in the pipeline, and passes after it."""
+
+    source: tuple[SourceTransform, ...]
+    captures: bool
+    program: tuple[GraphPass | ProgramPass, ...]
+
+    def __str__(self) -> str:
+        steps = [format_pass(one) for one in self.source]
+        steps += [CAPTURE] if self.captures else []
+        return ",".join(steps + [format_pass(one) for one in self.program])
+
+
+def parse(text: str) -> Pipeline:
+    """Parse a pipeline text, find its passes and check their order.
+
+    Raises `PipelineError` with the position of what it cannot read, an unknown pass or option, a wrong value,
+    or passes in an order that their declarations forbid.
+    """
+    steps: list[Pass | None] = []
+    position = 0
+    while position < len(text) or position == 0:
+        match = _STEP.match(text, position)
+        if match is None:
+            raise _error(text, position, "expected a pass name such as swap-sdpa")
+        steps.append(_step(text, match))
+        position = match.end()
+        if position == len(text):
+            break
+        if text[position] != ",":
+            raise _error(text, position, f"expected ',' between passes, found {text[position]!r}")
+        position += 1
+        if position == len(text):
+            raise _error(text, position, "expected a pass name after the last ','")
+    return build(steps, text)
+
+
+def build(steps: Sequence[Pass | None], text: str = "") -> Pipeline:
+    """Make a pipeline of passes, None standing for capture; raises `PipelineError` on an impossible order."""
+    if steps.count(None) > 1:
+        raise PipelineError(f"pipeline {text!r} captures {steps.count(None)} times; one 'capture' is enough")
+    cut = steps.index(None) if None in steps else None
+    before = [one for one in steps[:cut] if one is not None]
+    after = [one for one in steps[cut + 1 :] if one is not None] if cut is not None else []
+    if cut is None and not all(isinstance(one, SourceTransform) for one in before):
+        before, after = [], before
+    source, program = [], []
+    for one in before:
+        if not isinstance(one, SourceTransform):
+            raise PipelineError(f"{one.name} rewrites a captured program: put it after 'capture'")
+        source.append(one)
+    for one in after:
+        if not isinstance(one, (GraphPass, ProgramPass)):
+            raise PipelineError(f"{one.name} changes the module: put it before 'capture'")
+        program.append(one)
+    _check_order([*source, *program])
+    return Pipeline(tuple(source), cut is not None, tuple(program))
+
+
+def _check_order(passes: Sequence[Pass]) -> None:
+    names = [one.name for one in passes]
+    ensured: set[str] = set()
+    for index, one in enumerate(passes):
+        for other in names[index + 1 :]:
+            if other in one.after:
+                raise PipelineError(f"{one.name} must come after {other}, and stands before it; swap them")
+        for other in names[:index]:
+            if other in one.before:
+                raise PipelineError(f"{one.name} must come before {other}, and stands after it; swap them")
+        missing = one.requires - ensured
+        if missing:
+            raise PipelineError(
+                f"{one.name} requires {', '.join(sorted(missing))}, which no earlier pass of the pipeline ensures; "
+                "put one that does before it"
+            )
+        ensured |= one.ensures
+
+
+def _step(text: str, match: re.Match[str]) -> Pass | None:
+    name, options = match["name"], match["options"]
+    if name == CAPTURE:
+        if options:
+            raise _error(text, match.start("options"), "'capture' has no options")
+        return None
+    pass_class = find_pass(name)
+    values: dict[str, object] = {}
+    if options is not None:
+        start = match.start("options") + 1
+        for part in _split(options[1:-1], start):
+            option = _OPTION.fullmatch(part.text)
+            if option is None:
+                raise _error(text, part.position, f"expected option=value, found {part.text.strip()!r}")
+            key = option["key"]
+            if key in values:
+                raise _error(text, part.position, f"option {key!r} is given twice")
+            values[key] = _value(text, part.position, pass_class, key, option["value"])
+    return pass_class(**values)
+
+
+@dataclass(frozen=True)
+class _Part:
+    text: str
+    position: int
+
+
+def _split(body: str, position: int) -> Iterable[_Part]:
+    for part in body.split(",") if body.strip() else []:
+        yield _Part(part, position)
+        position += len(part) + 1
+
+
+def _value(text: str, position: int, pass_class: type[Pass], key: str, written: str) -> object:
+    kinds = typing.get_type_hints(pass_class)
+    fields = {field.name for field in dataclasses.fields(pass_class)}
+    if key not in fields:
+        known = ", ".join(sorted(fields)) or "none"
+        raise _error(text, position, f"{pass_class.name} has no option {key!r}; its options: {known}")
+    kind = kinds[key]
+    allowed = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if bool in allowed and written in ("true", "false"):
+        return written == "true"
+    for number in (int, float):
+        if number in allowed:
+            try:
+                return number(written)
+            except ValueError:
+                continue
+    if str in allowed:
+        return written
+    expected = " or ".join(one.__name__ for one in allowed if one is not type(None))
+    raise _error(text, position, f"option {key!r} of {pass_class.name} is {written!r}; expected {expected}")
+
+
+def format_pass(one: Pass) -> str:
+    """Print a pass with the options that differ from their defaults."""
+    options = [
+        f"{field.name}={_printed(getattr(one, field.name))}"
+        for field in dataclasses.fields(one)
+        if getattr(one, field.name) != field.default
+    ]
+    return f"{one.name}{{{','.join(options)}}}" if options else one.name
+
+
+def _printed(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _error(text: str, position: int, message: str) -> PipelineError:
+    return PipelineError(f"pipeline {text!r}, column {position + 1}: {message}")

@@ -1,0 +1,1 @@
+"""Quantization recipes: the only place that knows torchao."""

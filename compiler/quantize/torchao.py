@@ -1,0 +1,46 @@
+"""Carrying out a recipe with torchao's ``quantize_``."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from triptych.compiler.model import Model
+from triptych.compiler.quantize.recipes import EmbeddingFormat, LinearFormat, Recipe, check, planned
+from triptych.errors import RecipeError
+
+
+def quantize(model: Model, recipe: Recipe) -> list[str]:
+    """Quantize the modules of `model` that `recipe` names, in place, and return their names.
+
+    Weights become plain buffers and parameters again afterwards (values, scales, zero points), so programs hold
+    no tensor subclass. Raises `RecipeError` for a layer the recipe cannot take and where torchao is missing.
+    """
+    check(model, recipe)
+    try:
+        from torchao.quantization import quantize_
+        from torchao.utils import unwrap_tensor_subclass
+    except ImportError as error:
+        raise RecipeError(f"recipe {recipe.name} needs torchao ({error}); install triptych[executorch]") from error
+    names = []
+    for name, module, form in list(planned(model, recipe)):
+        config = _config(form)
+        # quantize_ speaks of children, so each module goes in under a parent of its own.
+        quantize_(nn.ModuleList([module]), config, filter_fn=lambda child, _, module=module: child is module)
+        names.append(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        unwrap_tensor_subclass(model.module)
+    return names
+
+
+def _config(form: LinearFormat | EmbeddingFormat) -> object:
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    dtype = getattr(torch, f"int{form.weight_bits}")
+    if isinstance(form, LinearFormat):
+        return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=PerGroup(form.group_size))
+    return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=PerAxis(0))

@@ -1,0 +1,134 @@
+"""The stages of an export: each offers what is legal next, and none changes another.
+
+``Source.transform(…).quantize(…).capture()`` → ``Captured.rewrite(…)`` → ``.lower(…)`` → ``Lowered.save(…)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from triptych.compiler import artifact, capture, manager, storage
+from triptych.compiler.artifact import Artifact
+from triptych.compiler.manager import PassResult
+from triptych.compiler.model import Model
+from triptych.compiler.pipeline import Pipeline, parse
+from triptych.compiler.program import Program
+from triptych.compiler.quantize.recipes import FP32, Recipe, check, find_recipe
+from triptych.compiler.targets.base import Emission, Target, find_target
+from triptych.compiler.verifier import verify
+from triptych.errors import PipelineError
+from triptych.manifest import Manifest
+
+Report = Callable[[str], None]
+
+
+def silent(stage: str) -> None:
+    """Report to nobody."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A described model before capture. `results` tell what each pass did; `report` hears stage names."""
+
+    model: Model
+    recipe: Recipe = FP32
+    steps: tuple[str, ...] = ()
+    results: tuple[PassResult, ...] = ()
+    report: Report = field(default=silent, compare=False)
+
+    def transform(self, pipeline: str) -> Source:
+        """Run source transforms, such as ``static-kv-cache{max=512},swap-sdpa``; raises `PipelineError`."""
+        parsed = _parsed((*self.steps, pipeline))
+        if parsed.captures or parsed.program:
+            raise PipelineError(f"{pipeline!r} goes beyond capture; call capture() and rewrite() for the rest")
+        passes = parse(pipeline).source if not self.steps else parsed.source[len(_parsed(self.steps).source) :]
+        model, results = manager.run_source(self.model, passes, self.report)
+        recipe = self.recipe
+        for one in passes:
+            if one.name == "quantize":
+                recipe = find_recipe(getattr(one, "recipe"))
+        return dataclasses.replace(
+            self, model=model, recipe=recipe, steps=(*self.steps, pipeline), results=(*self.results, *results)
+        )
+
+    def quantize(self, recipe: str) -> Source:
+        """Quantize by the recipe of that name; raises `RecipeError` naming a layer it cannot take."""
+        chosen = find_recipe(recipe)
+        check(self.model, chosen)
+        return self if chosen.is_float else self.transform(f"quantize{{recipe={recipe}}}")
+
+    def capture(self) -> Captured:
+        """Export every entry point; raises `ModelError` naming the one that does not export."""
+        program = capture.capture(self.model, lambda name: self.report(f"capture {name}"))
+        verify(program)
+        return Captured(
+            program, self.recipe, self.model.tokenizer_file, (*self.steps, "capture"), self.results, self.report
+        )
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program, ready for graph and program passes."""
+
+    program: Program
+    recipe: Recipe
+    tokenizer_file: Path | None
+    steps: tuple[str, ...]
+    results: tuple[PassResult, ...]
+    report: Report = field(default=silent, compare=False)
+
+    def rewrite(self, pipeline: str) -> Captured:
+        """Run graph and program passes, such as ``last-token-logits``; raises `PipelineError`."""
+        parsed = _parsed((*self.steps, pipeline))
+        passes = parsed.program[len(_parsed(self.steps).program) :]
+        program, results = manager.run_program(self.program, passes, self.report)
+        return dataclasses.replace(
+            self, program=program, steps=(*self.steps, pipeline), results=(*self.results, *results)
+        )
+
+    def save_program(self, folder: Path) -> None:
+        """Write the program as graphs, one file of storages and tables; `triptych inspect` reads it."""
+        storage.save(self.program, folder)
+
+    def lower(self, target: str | Target, **options: Any) -> Lowered:
+        """Legalize and emit for a target, by name with its options or as an object.
+
+        Raises `RecipeError` for a recipe the target cannot lower and `LoweringError` where emission fails.
+        """
+        chosen = find_target(target)(**options) if isinstance(target, str) else target
+        chosen.check(self.recipe)
+        legalized = self.rewrite(chosen.pipeline())
+        manifest = artifact.describe(
+            legalized.program,
+            chosen,
+            recipe=self.recipe.name,
+            pipeline=str(_parsed(self.steps)),
+            has_tokenizer=self.tokenizer_file is not None,
+        )
+        emission = chosen.emit(legalized.program, manifest, self.report)
+        return Lowered(legalized.program, emission, manifest, self.tokenizer_file, legalized.results, self.report)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An emitted program, not yet on disk."""
+
+    program: Program
+    emission: Emission
+    manifest: Manifest
+    tokenizer_file: Path | None
+    results: tuple[PassResult, ...]
+    report: Report = field(default=silent, compare=False)
+
+    def save(self, folder: str | Path) -> Artifact:
+        """Write the artifact; the folder is replaced in one step, and only an artifact may be replaced."""
+        self.report("write")
+        return artifact.write(Path(folder), self.emission, self.manifest, self.program, self.tokenizer_file)
+
+
+def _parsed(steps: tuple[str, ...]) -> Pipeline:
+    return parse(",".join(steps)) if steps else Pipeline((), False, ())

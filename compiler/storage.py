@@ -1,0 +1,169 @@
+"""Programs on disk: graphs as JSON, every storage once as safetensors, tables as JSON. Nothing is pickled.
+
+::
+
+    program.json            metadata, methods with roles and ports, where each tensor lies
+    methods/NAME.json       the graph of a method in torch's export schema, without tensors
+    storages.safetensors    each storage once, as a flat tensor
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch._export.serde import schema
+from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass, serialize
+from torch.export import ExportedProgram
+
+from triptych.compiler.editing import bound_names, bound_tensor
+from triptych.compiler.model import Metadata
+from triptych.compiler.program import Method, Program, storage_identity
+from triptych.compiler.roles import Role
+from triptych.compiler.verifier import verify
+from triptych.errors import ArtifactError
+from triptych.manifest import ChatSettings, DynamicDim, ImageSettings, TensorSignature
+
+PROGRAM_FILE: Final = "program.json"
+STORAGES_FILE: Final = "storages.safetensors"
+FORMAT: Final = "triptych-program"
+FORMAT_VERSION: Final = 1
+
+
+def save(program: Program, folder: Path) -> None:
+    """Write `program` into `folder`, which is made. Custom operators stay names: their library must be loaded to load."""
+    (folder / "methods").mkdir(parents=True, exist_ok=True)
+    storages: dict[str, Tensor] = {}
+    keys: dict[int, str] = {}
+    methods = {}
+    for name, method in program.methods.items():
+        (folder / _graph_file(name)).write_bytes(_graph_json(method.exported))
+        methods[name] = {
+            "roles": sorted(map(str, method.roles)),
+            "inputs": [dataclasses.asdict(port) for port in method.inputs],
+            "outputs": [dataclasses.asdict(port) for port in method.outputs],
+            "graph": _graph_file(name),
+            "tensors": {
+                fqn: _place(method.exported, fqn, storages, keys)
+                for fqn in sorted(set(bound_names(method.exported).values()))
+            },
+        }
+    tables = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "metadata": dataclasses.asdict(program.metadata),
+        "methods": methods,
+        "state": sorted(program.state),
+    }
+    save_file(storages, folder / STORAGES_FILE)
+    (folder / PROGRAM_FILE).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> Program:
+    """Read a program written by `save`; tensors that shared a storage share it again.
+
+    Raises `ArtifactError` for a folder that holds none, or a damaged one.
+    """
+    path = folder / PROGRAM_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no program: it has no {PROGRAM_FILE}")
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))
+        if tables.get("format") != FORMAT or tables.get("version") != FORMAT_VERSION:
+            raise ArtifactError(f"{path} is no program of format version {FORMAT_VERSION}")
+        storages = load_file(folder / STORAGES_FILE)
+        methods = {name: _method(folder, data, storages) for name, data in tables["methods"].items()}
+        program = Program.build(methods, _metadata(tables["metadata"]))
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise ArtifactError(f"the program in {folder} is damaged: {type(error).__name__} {error}") from error
+    verify(program)
+    return program
+
+
+def _graph_file(name: str) -> str:
+    return f"methods/{name}.json"
+
+
+def _graph_json(exported: ExportedProgram) -> bytes:
+    """Return the graph alone; debugging metadata (source paths of one machine) stays out."""
+    bare = serialize(
+        exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+    ).exported_program
+    data = json.loads(bare)
+    _drop_source_locations(data)
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _drop_source_locations(data: Any) -> None:
+    if isinstance(data, dict):
+        metadata = data.get("metadata")
+        if "target" in data and isinstance(metadata, dict):
+            data["metadata"] = {key: value for key, value in metadata.items() if key == "torch_fn"}
+        for value in data.values():
+            _drop_source_locations(value)
+    elif isinstance(data, list):
+        for value in data:
+            _drop_source_locations(value)
+
+
+def _place(exported: ExportedProgram, name: str, storages: dict[str, Tensor], keys: dict[int, str]) -> dict[str, Any]:
+    tensor = bound_tensor(exported, name)
+    identity = storage_identity(tensor)
+    if identity not in keys:
+        keys[identity] = name if name not in storages else f"{name}@{len(storages)}"
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        storages[keys[identity]] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), 0, (elements,))
+    return {
+        "storage": keys[identity],
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()),
+        "offset": tensor.storage_offset(),
+        "kind": "state_dict" if name in exported.state_dict else "constants",
+        "parameter": isinstance(tensor, torch.nn.Parameter),
+    }
+
+
+def _method(folder: Path, data: Mapping[str, Any], storages: Mapping[str, Tensor]) -> Method:
+    tensors: dict[str, dict[str, Tensor]] = {"state_dict": {}, "constants": {}}
+    for name, place in data["tensors"].items():
+        tensors[place["kind"]][name] = _bind(place, storages)
+    graph = _dict_to_dataclass(schema.ExportedProgram, json.loads((folder / data["graph"]).read_text(encoding="utf-8")))
+    exported = ExportedProgramDeserializer().deserialize(graph, tensors["state_dict"], tensors["constants"])
+    return Method(
+        exported,
+        frozenset(Role.parse(role) for role in data["roles"]),
+        tuple(_port(port) for port in data["inputs"]),
+        tuple(_port(port) for port in data["outputs"]),
+    )
+
+
+def _bind(place: Mapping[str, Any], storages: Mapping[str, Tensor]) -> Tensor:
+    storage = storages[place["storage"]].untyped_storage()
+    tensor = torch.empty(0, dtype=getattr(torch, place["dtype"])).set_(
+        storage, place["offset"], tuple(place["shape"]), tuple(place["stride"])
+    )
+    return torch.nn.Parameter(tensor, requires_grad=False) if place["parameter"] else tensor
+
+
+def _port(data: Mapping[str, Any]) -> TensorSignature:
+    shape = tuple(size if isinstance(size, int) else DynamicDim(**size) for size in data["shape"])
+    return TensorSignature(data["name"], data["dtype"], shape, tuple(data["links"]))
+
+
+def _metadata(data: Mapping[str, Any]) -> Metadata:
+    def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+    values = tuples(data)
+    values["image"] = ImageSettings(**tuples(values["image"])) if values["image"] is not None else None
+    values["chat"] = ChatSettings(**values["chat"])
+    values["components"] = {name: tuple(prefixes) for name, prefixes in values["components"].items()}
+    return Metadata(**values)

@@ -1,0 +1,1 @@
+"""Targets: what legalizes and emits a program."""

@@ -1,0 +1,143 @@
+"""Structural verification of a `Program`: cheap, always on, after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from triptych.compiler.capture import user_input_values
+from triptych.compiler.program import Method, Program, storage_identity
+from triptych.errors import VerificationError
+from triptych.manifest import Dim, DynamicDim, TensorSignature
+
+
+def verify(program: Program) -> None:
+    """Check `program`; raises one `VerificationError` that lists everything wrong, method by method.
+
+    1. Every `ExportedProgram` is valid and its graph well formed.
+    2. Every declared input and output has the dtype and the shape the graph gives it.
+    3. Producer and consumer agree: dtype, last dimension, and the range of the sequence dimension.
+    4. Shared state has one shape and one storage, and no two rows share a storage.
+    5. Metadata agrees with the methods: context bounds, vocabulary, EOS ids, image tokens.
+    """
+    problems = [
+        *_method_problems(program),
+        *_link_problems(program),
+        *_state_problems(program),
+        *_metadata_problems(program),
+    ]
+    if problems:
+        raise VerificationError("the program is not well formed: " + "; ".join(problems))
+
+
+def _method_problems(program: Program) -> Iterator[str]:
+    for name, method in program.methods.items():
+        problem = _invalid(method.exported)
+        if problem is not None:
+            yield f"{name}: {problem}"
+            continue
+        values = user_input_values(method.exported)
+        if list(values) != [port.name for port in method.inputs]:
+            yield f"{name}: takes {list(values)}, its signature says {[port.name for port in method.inputs]}"
+            continue
+        for port in method.inputs:
+            yield from _port_problems(f"{name}.{port.name}", port, values[port.name])
+
+
+def _invalid(exported: ExportedProgram) -> str | None:
+    try:
+        exported.graph.lint()
+        exported.validate()
+    except Exception as error:  # torch's verifiers raise many kinds; all mean "not valid"
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def _port_problems(where: str, port: TensorSignature, value: object) -> Iterator[str]:
+    if not isinstance(value, Tensor):
+        yield f"{where} is {type(value).__name__}, expected a tensor"
+        return
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype != port.dtype:
+        yield f"{where} is {dtype} in the graph and {port.dtype} in its signature"
+    agrees = len(value.shape) == len(port.shape) and all(
+        isinstance(size, int) == isinstance(dim, int) and (not isinstance(size, int) or size == dim)
+        for size, dim in zip(value.shape, port.shape, strict=True)
+    )
+    if not agrees:
+        yield f"{where} has shape {list(value.shape)} in the graph and {list(port.shape)} in its signature"
+
+
+def _link_problems(program: Program) -> Iterator[str]:
+    for name, method in program.methods.items():
+        for port in method.inputs:
+            for link in port.links:
+                producer_name, _, output_name = link.partition(".")
+                if not output_name:
+                    continue
+                producer = program.methods.get(producer_name)
+                output = _output(producer, output_name) if producer else None
+                if output is None:
+                    yield f"{name}.{port.name} comes from {link}, which does not exist"
+                else:
+                    yield from _agreement_problems(f"{link} → {name}.{port.name}", output, port)
+
+
+def _output(method: Method, name: str) -> TensorSignature | None:
+    return next((port for port in method.outputs if port.name == name), None)
+
+
+def _agreement_problems(where: str, produced: TensorSignature, consumed: TensorSignature) -> Iterator[str]:
+    if produced.dtype != consumed.dtype:
+        yield f"{where}: {produced.dtype} is produced, {consumed.dtype} is taken"
+    if produced.shape[-1] != consumed.shape[-1]:
+        yield f"{where}: last dimension {produced.shape[-1]} is produced, {consumed.shape[-1]} is taken"
+    if len(produced.shape) > 1 and len(consumed.shape) > 1:
+        longest, limit = _maximum(produced.shape[-2]), _maximum(consumed.shape[-2])
+        if longest > limit:
+            yield f"{where}: up to {longest} rows are produced, at most {limit} are taken"
+        both_dynamic = isinstance(produced.shape[-2], DynamicDim) and isinstance(consumed.shape[-2], DynamicDim)
+        if both_dynamic and longest != limit:
+            yield f"{where}: the dynamic ranges end at {longest} and {limit}"
+
+
+def _maximum(dim: Dim) -> int:
+    return dim if isinstance(dim, int) else dim.maximum
+
+
+def _state_problems(program: Program) -> Iterator[str]:
+    owners: dict[int, str] = {}
+    for row in program.state.values():
+        identity = storage_identity(row.initial)
+        if identity in owners:
+            yield f"state rows {owners[identity]} and {row.name} share one storage"
+        owners[identity] = row.name
+        if not row.readers:
+            yield f"state row {row.name} is written and never read"
+    for weight in program.weights.values():
+        identity = storage_identity(weight.uses[0].tensor)
+        if identity in owners:
+            yield f"state row {owners[identity]} shares its storage with the weight {weight.key}"
+
+
+def _metadata_problems(program: Program) -> Iterator[str]:
+    metadata = program.metadata
+    if not 1 <= metadata.max_context <= metadata.model_max_context:
+        yield f"max_context is {metadata.max_context}, the model allows 1 to {metadata.model_max_context}"
+    for eos in metadata.eos_ids:
+        if not 0 <= eos < metadata.vocab_size:
+            yield f"EOS id {eos} is outside the vocabulary of {metadata.vocab_size}"
+    for kind in ("prefill", "decode", "score"):
+        for name, method in program.methods_with(kind):
+            logits = _output(method, "logits")
+            if logits is None or logits.shape[-1] != metadata.vocab_size:
+                yield f"{name}: role {kind} needs an output 'logits' over {metadata.vocab_size} tokens"
+    for name, method in program.methods_with("encoder"):
+        embeds = _output(method, "embeds")
+        if metadata.image is not None and embeds is not None and embeds.shape[-2] != metadata.image.tokens:
+            yield f"{name}: gives {embeds.shape[-2]} embeddings, the image settings say {metadata.image.tokens}"
+    for row in program.state.values():
+        if row.layout == "BSHD" and row.shape[1] > metadata.max_context:
+            yield f"state row {row.name} has {row.shape[1]} slots for a context of {metadata.max_context}"

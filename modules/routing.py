@@ -1,0 +1,57 @@
+"""Sending the ``scaled_dot_product_attention`` call of a standard module to a module of ours.
+
+Nothing about the owner is assumed but that its forward calls ``torch.nn.functional``'s function: the call is
+caught by a `TorchFunctionMode` while the owner's forward runs. The handler is registered as a child, so its
+buffers are ordinary state of the model, and copying the model copies the route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+HANDLER_NAME: Final = "routed_attention"
+
+
+class _AttentionRoute(TorchFunctionMode):
+    def __init__(self, handler: nn.Module) -> None:
+        super().__init__()
+        self._handler = handler
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._handler(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _RoutedForward:
+    """The owner's forward under a route; an object and no closure, so that deep copies rebind to the copy."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _AttentionRoute(self.owner.get_submodule(HANDLER_NAME)):
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+
+
+def route_attention(owner: nn.Module, handler: nn.Module) -> None:
+    """Send the attention call inside `owner`'s forward to `handler`, from now on.
+
+    Raises `ValueError` where `owner` already has a route or a forward of its own instance.
+    """
+    if "forward" in vars(owner) or HANDLER_NAME in dict(owner.named_children()):
+        raise ValueError(f"{type(owner).__name__} already has a replaced forward; route a module once")
+    owner.add_module(HANDLER_NAME, handler)
+    owner.forward = _RoutedForward(owner)
+
+
+def routed_handler(owner: nn.Module) -> nn.Module | None:
+    """Return the handler that `owner`'s attention is routed to, or None."""
+    return dict(owner.named_children()).get(HANDLER_NAME)

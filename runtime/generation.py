@@ -1,0 +1,118 @@
+"""The generation loop: one step (`TextDecoder`), all steps (`TextTokenGenerator`), and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from triptych.errors import UsageError
+from triptych.runtime.entry_points import EntryPoints
+from triptych.runtime.sampling import Sampler, check_settings
+from triptych.runtime.segments import TextSegment
+from triptych.runtime.session import Session
+from triptych.runtime.timings import Timings
+
+FinishReason = Literal["eos", "length", "context"]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn; see `Sampler.sample`. Raises `UsageError` on impossible values."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.temperature, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished generation.
+
+    `tokens` are the generated ids without the EOS; `finish_reason` is "eos", "length" (max_new_tokens reached)
+    or "context" (no position left).
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    timings: Timings
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt positions by the seconds of embedding and prefill."""
+        seconds = self.timings.embed + self.timings.prefill
+        return self.prompt_tokens / seconds if seconds > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first by the seconds of decoding and sampling."""
+        seconds = self.timings.decode + self.timings.sample
+        steps = len(self.tokens) - (self.finish_reason != "eos")
+        return max(steps, 0) / seconds if seconds > 0 else 0.0
+
+
+class TextDecoder:
+    """One decode step."""
+
+    def __init__(self, entry_points: EntryPoints) -> None:
+        """Use the artifact's decode method."""
+        self._method = entry_points.decode
+
+    def step(self, session: Session, token: int) -> Tensor:
+        """Append `token` to `session` and return the logits of the next one, [1, V]; raises `RunError` without room."""
+        session.check_room(1)
+        session.note_run(1)
+        content = torch.tensor([[token]], dtype=torch.int64)
+        logits = self._method.run(session.runner, content, session.position)
+        session.append(TextSegment((token,)))
+        return logits
+
+
+class TextTokenGenerator:
+    """Samples and decodes until an EOS, a number of tokens or the end of the context.
+
+    The last token given is sampled and not yet in the session's state.
+    """
+
+    def __init__(self, decoder: TextDecoder, sampler: Sampler, eos_ids: tuple[int, ...]) -> None:
+        """Stop at any of `eos_ids`."""
+        self._decoder = decoder
+        self._sampler = sampler
+        self._eos_ids = frozenset(eos_ids)
+        self.finish_reason: FinishReason | None = None
+
+    def generate(
+        self, session: Session, logits: Tensor, max_new_tokens: int, settings: SamplingSettings, timings: Timings
+    ) -> Iterator[int]:
+        """Yield the tokens that follow `logits` [1, V]; `finish_reason` is set when they end.
+
+        Raises `UsageError` where `max_new_tokens` is below 1.
+        """
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        self.finish_reason = None
+        for number in range(1, max_new_tokens + 1):
+            with timings.measure("sample"):
+                token = self._sampler.sample(
+                    logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+                )
+            if token in self._eos_ids:
+                self.finish_reason = "eos"
+                return
+            yield token
+            if number == max_new_tokens:
+                self.finish_reason = "length"
+                return
+            if session.room == 0:
+                self.finish_reason = "context"
+                return
+            with timings.measure("decode"):
+                logits = self._decoder.step(session, token)

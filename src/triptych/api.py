@@ -1,0 +1,167 @@
+"""The public functions: `export` a model, `load` an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, overload
+
+from triptych.errors import UsageError
+
+if TYPE_CHECKING:
+    from triptych.compiler.artifact import Artifact
+    from triptych.compiler.model import Model
+    from triptych.compiler.stages import Source
+    from triptych.runtime.runner import Runner
+
+ABIS: Final = ("triptych",)
+DEFAULT_TARGET: Final = "xnnpack"
+DEFAULT_RECIPE: Final = "fp32"
+
+
+def default_pipeline(max_context: int, recipe: str = DEFAULT_RECIPE) -> str:
+    """Return the pipeline of a generative model: quantize, cache, swap attention, capture, slice the logits."""
+    quantize = "" if recipe == DEFAULT_RECIPE else f"quantize{{recipe={recipe}}},"
+    return f"{quantize}static-kv-cache{{max={max_context}}},swap-sdpa,capture,last-token-logits"
+
+
+@overload
+def export(
+    model: str | Path | Model, *, max_context: int | None = None, progress: Callable[[str], None] | None = None
+) -> Source: ...
+
+
+@overload
+def export(
+    model: str | Path | Model,
+    *,
+    out: str | Path,
+    target: str = DEFAULT_TARGET,
+    recipe: str = DEFAULT_RECIPE,
+    pipeline: str | None = None,
+    max_context: int | None = None,
+    abi: str = "triptych",
+    progress: Callable[[str], None] | None = None,
+) -> Artifact: ...
+
+
+def export(
+    model: str | Path | Model,
+    *,
+    out: str | Path | None = None,
+    target: str | None = None,
+    recipe: str | None = None,
+    pipeline: str | None = None,
+    max_context: int | None = None,
+    abi: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Source | Artifact:
+    """Export a model: stage by stage, or with `out` all at once.
+
+    Args:
+        model: a folder with a Hugging Face checkpoint, or a described `Model`.
+        out: folder of the artifact to write. Without it the first stage is returned, and the stages take the
+            other choices: ``export(m).transform(…).quantize(…).capture().rewrite(…).lower(target).save(out)``.
+        target: who runs the program: "xnnpack" (default), "portable", "eager", or a third party's.
+        recipe: "fp32" (default) or "8da4w".
+        pipeline: text of the passes, in place of `default_pipeline`; it must contain "capture". A recipe in
+            it (``quantize{recipe=…}``) excludes `recipe`.
+        max_context: positions the program is built for; default: what the model allows, at most 2,048.
+        abi: entry-point contract, "triptych" (default).
+        progress: hears the name of each stage as it begins.
+
+    Raises:
+        UsageError: for an impossible option, before any work.
+        ModelError, LoweringError, ArtifactError: as their names say; nothing is left half-written.
+    """
+    if out is None:
+        given = {"target": target, "recipe": recipe, "pipeline": pipeline, "abi": abi}
+        useless = [name for name, value in given.items() if value is not None]
+        if useless:
+            raise UsageError(f"export without out= returns the first stage and ignores {', '.join(useless)}; add out=")
+        return _source(model, max_context, progress)
+    return _export_whole(
+        model,
+        Path(out),
+        target=target or DEFAULT_TARGET,
+        recipe=recipe,
+        pipeline=pipeline,
+        max_context=max_context,
+        abi=abi or "triptych",
+        progress=progress,
+    )
+
+
+def _export_whole(
+    model: str | Path | Model,
+    out: Path,
+    *,
+    target: str,
+    recipe: str | None,
+    pipeline: str | None,
+    max_context: int | None,
+    abi: str,
+    progress: Callable[[str], None] | None,
+) -> Artifact:
+    from triptych.compiler.artifact import check_destination
+    from triptych.compiler.pipeline import parse
+    from triptych.compiler.quantize.recipes import check, find_recipe
+    from triptych.compiler.targets.base import find_target
+
+    if abi not in ABIS:
+        raise UsageError(f"no ABI is called {abi!r}; known: {', '.join(ABIS)}")
+    chosen_target = find_target(target)()
+    chosen_recipe = find_recipe(recipe or DEFAULT_RECIPE)
+    chosen_target.check(chosen_recipe)
+    if pipeline is not None:
+        parsed = parse(pipeline)
+        if not parsed.captures:
+            raise UsageError(f"pipeline {pipeline!r} has no 'capture'; put it between source and graph passes")
+        if recipe is not None and any(one.name == "quantize" for one in parsed.source):
+            raise UsageError("the pipeline quantizes already; leave out the recipe")
+        if max_context is not None and any(one.name == "static-kv-cache" for one in parsed.source):
+            raise UsageError("the pipeline sets the cache length (static-kv-cache); leave out max_context")
+    check_destination(out)
+    source = _source(model, max_context, progress)
+    check(source.model, chosen_recipe)
+    text = pipeline or default_pipeline(source.model.metadata.max_context, chosen_recipe.name)
+    if pipeline is not None and not chosen_recipe.is_float:
+        text = f"quantize{{recipe={chosen_recipe.name}}},{pipeline}"
+    before, _, after = (part.strip(", ") for part in _cut_at_capture(text))
+    if before:
+        source = source.transform(before)
+    captured = source.capture()
+    if after:
+        captured = captured.rewrite(after)
+    return captured.lower(chosen_target).save(out)
+
+
+def _cut_at_capture(text: str) -> tuple[str, str, str]:
+    steps = text.split(",")
+    index = next(i for i, step in enumerate(steps) if step.strip() == "capture")
+    return ",".join(steps[:index]), "capture", ",".join(steps[index + 1 :])
+
+
+def _source(model: str | Path | Model, max_context: int | None, progress: Callable[[str], None] | None) -> Source:
+    from triptych.compiler.model import Model
+    from triptych.compiler.stages import Source, silent
+
+    report = progress or silent
+    if isinstance(model, Model):
+        if max_context is not None:
+            raise UsageError("a described model states its own max_context; leave the option out")
+        return Source(model, report=report)
+    from triptych.compiler.adapters.hugging_face import load as load_checkpoint
+
+    report("load model")
+    return Source(load_checkpoint(Path(model), max_context=max_context), report=report)
+
+
+def load(folder: str | Path, *, threads: int | None = None) -> Runner:
+    """Open an artifact for running; a `MultimodalRunner` where it sees images, else a `TextRunner`.
+
+    `threads` is the number of threads of the engine, default: all cores. Raises `ArtifactError`.
+    """
+    from triptych.runtime.runner import Runner
+
+    return Runner.from_pretrained(folder, threads=threads)

@@ -1,0 +1,74 @@
+"""``triptych inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from triptych.cli.console import quiet_libraries
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what PATH holds: an artifact, a saved program, or a .pte file."""
+    quiet_libraries()
+    from triptych.inspection import inspect as read
+
+    content = read(path)
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+        return
+    click.echo(f"{content['kind']} {path}")
+    for key in ("target", "recipe", "pipeline", "max_context", "vocab_size"):
+        if key in content:
+            click.echo(f"  {key.replace('_', ' ')}: {content[key]}")
+    _show_methods(content["methods"])
+    _show_state(content["state"])
+    _show_weights(content.get("weights", []))
+    for name, size in content.get("files", {}).items():
+        click.echo(f"  file {name}: {_size(size)}")
+
+
+def _show_methods(methods: dict[str, dict[str, Any]]) -> None:
+    for name, method in methods.items():
+        engine = f" on {method['engine']}" if "engine" in method else ""
+        click.echo(f"  method {name}{engine}")
+        if "roles" in method:
+            click.echo(f"    roles: {', '.join(method['roles'])}")
+        for direction in ("inputs", "outputs"):
+            for port in method.get(direction, ()):
+                click.echo(f"    {direction[:-1]} {port}")
+        if "delegates" in method:
+            counts = ", ".join(f"{count} × {backend}" for backend, count in method["delegates"].items())
+            click.echo(f"    delegates: {counts or 'none'}")
+            operators = ", ".join(f"{count} × {name}" for name, count in method["undelegated_operators"].items())
+            click.echo(f"    undelegated operators: {operators or 'none'}")
+
+
+def _show_state(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        shape = f" {row['dtype']}{row['shape']} {row['layout']}" if "shape" in row else ""
+        click.echo(f"  state {row['name']}{shape}")
+        if "readers" in row:
+            click.echo(f"    read by {', '.join(row['readers'])}; written by {', '.join(row['writers'])}")
+        if "arena" in row:
+            place = "one place in all methods" if row["one_place"] else "NOT shared: methods place it differently"
+            click.echo(f"    arena {row['arena']}, offset {row['offset']}, {_size(row['nbytes'])}, {place}")
+
+
+def _show_weights(weights: list[dict[str, Any]]) -> None:
+    total = sum(weight["bytes"] for weight in weights)
+    shared = sum(weight["bytes"] for weight in weights if len(weight["users"]) > 1)
+    click.echo(f"  weights: {len(weights)} stored once, {_size(total)}; {_size(shared)} used by several methods")
+    for weight in sorted(weights, key=lambda one: -one["bytes"]):
+        aliases = f" = {', '.join(weight['aliases'])}" if weight.get("aliases") else ""
+        click.echo(f"    {weight['key']}{aliases}: {_size(weight['bytes'])}, used by {', '.join(weight['users'])}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 100_000 else f"{count} bytes"

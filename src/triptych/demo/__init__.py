@@ -1,0 +1,1 @@
+"""The embedded default model: its scenes, its training and its scores."""
