@@ -15,10 +15,10 @@ from typing import Final
 import torch
 from safetensors.torch import save_file
 
-from triptych.compiler.program import Program, StateRow
+from triptych.compiler.program import Program, StateRow, Weight
 from triptych.compiler.targets.base import Emission, Target
 from triptych.errors import ArtifactError
-from triptych.manifest import MANIFEST_NAME, FileRecord, Manifest, MethodSignature, sha256_of
+from triptych.manifest import MANIFEST_NAME, FileRecord, Manifest, MethodSignature, WeightRow, sha256_of
 from triptych.manifest import StateRow as ManifestStateRow
 
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -47,6 +47,7 @@ def describe(program: Program, target: Target, *, recipe: str, pipeline: str, ha
         },
         state=tuple(_state_row(row, owner) for row in program.state.values()),
         max_context=metadata.max_context,
+        weights=tuple(_weight_row(weight) for weight in program.weights.values()),
         vocab_size=metadata.vocab_size,
         bos_id=metadata.bos_id,
         eos_ids=metadata.eos_ids,
@@ -71,6 +72,18 @@ def _state_row(row: StateRow, owner: str) -> ManifestStateRow:
         owner,
         row.readers,
         row.writers,
+    )
+
+
+def _weight_row(weight: Weight) -> WeightRow:
+    tensor = weight.uses[0].tensor
+    return WeightRow(
+        weight.key,
+        str(weight.dtype).removeprefix("torch."),
+        tuple(tensor.shape),
+        weight.nbytes,
+        tuple(name for name in weight.names if name != weight.key),
+        weight.users,
     )
 
 

@@ -6,7 +6,8 @@ class and no name of a model is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from triptych.compiler.capture import bound_forward
 from triptych.compiler.model import EntryPoint, Model
@@ -33,37 +35,12 @@ class AttentionCall:
     dropout: bool
 
 
-class AttentionRecorder(TorchFunctionMode):
-    """Records the attention calls made under it, each with the innermost module of `module` then running."""
-
-    def __init__(self, module: nn.Module, entry_point: str) -> None:
+class _AttentionWatch(TorchFunctionMode):
+    def __init__(self, entry_point: str) -> None:
         super().__init__()
         self.calls: list[AttentionCall] = []
+        self.running: list[str] = []
         self._entry_point = entry_point
-        self._module = module
-        self._running: list[str] = []
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> AttentionRecorder:
-        for name, module in self._module.named_modules():
-            self._handles.append(module.register_forward_pre_hook(self._entered(name)))
-            self._handles.append(module.register_forward_hook(self._left, always_call=True))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for handle in self._handles:
-            handle.remove()
-
-    def _entered(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            self._running.append(name)
-
-        return hook
-
-    def _left(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._running.pop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -82,7 +59,7 @@ class AttentionRecorder(TorchFunctionMode):
         is_causal: bool = False,
         **_: Any,
     ) -> None:
-        owner = self._running[-1] if self._running else ""
+        owner = self.running[-1] if self.running else ""
         self.calls.append(
             AttentionCall(
                 owner, self._entry_point, query, key, value, attn_mask is not None, is_causal, dropout_p != 0.0
@@ -90,11 +67,31 @@ class AttentionRecorder(TorchFunctionMode):
         )
 
 
+@contextmanager
+def recorded_attention(module: nn.Module, entry_point: str = "") -> Iterator[list[AttentionCall]]:
+    """Record the attention calls made inside, each with the innermost child of `module` then running."""
+    watch = _AttentionWatch(entry_point)
+
+    def left(*_: object) -> None:
+        watch.running.pop()
+
+    handles: list[RemovableHandle] = []
+    for name, child in module.named_modules():
+        handles.append(child.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name)))
+        handles.append(child.register_forward_hook(left, always_call=True))
+    try:
+        with watch:
+            yield watch.calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def attention_calls(model: Model, entries: Iterable[EntryPoint]) -> list[AttentionCall]:
     """Run each of `entries` once on its example inputs and return the calls made, in order."""
     found: list[AttentionCall] = []
     for entry in entries:
-        with torch.no_grad(), AttentionRecorder(model.module, entry.name) as recorder:
+        with torch.no_grad(), recorded_attention(model.module, entry.name) as calls:
             bound_forward(model.module, entry)(*entry.example_inputs())
-        found += recorder.calls
+        found += calls
     return found

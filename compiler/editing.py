@@ -124,7 +124,8 @@ def copy_graph_module(exported: ExportedProgram) -> GraphModule:
     graph = Graph()
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(original.graph, mapping, return_output_node=True)
-    value, old_output = output  # type: ignore[misc]
+    assert isinstance(output, tuple)
+    value, old_output = output
     graph.output(value).meta = dict(old_output.meta)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
@@ -273,7 +274,7 @@ def _replace_results(node: Node, results: Any) -> None:
     elif isinstance(results, (tuple, list)):
         for user in list(node.users):
             assert user.target is operator.getitem, "a result with several parts is taken apart by getitem"
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[int(str(user.args[1]))])
             node.graph.erase_node(user)
 
 

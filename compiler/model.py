@@ -88,7 +88,7 @@ class Metadata:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     image: ImageSettings | None = None
-    chat: ChatSettings = ChatSettings(template=None)
+    chat: ChatSettings = field(default_factory=lambda: ChatSettings(template=None))
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 

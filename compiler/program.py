@@ -142,8 +142,8 @@ class Program:
             graph.add_node(f"weight:{weight.key}", kind="weight")
             for method in weight.users:
                 graph.add_edge(f"weight:{weight.key}", f"method:{method}", kind="uses")
-        for name, method in self.methods.items():
-            for port in method.inputs:
+        for name, consumer in self.methods.items():
+            for port in consumer.inputs:
                 for link in port.links:
                     producer, _, output = link.partition(".")
                     if producer in self.methods:
@@ -155,7 +155,7 @@ class Program:
 
 def storage_identity(tensor: Tensor) -> int:
     """Return a number that two tensors share exactly where they share their storage."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _state_table(methods: Mapping[str, Method]) -> dict[str, StateRow]:

@@ -49,8 +49,7 @@ class Source:
         model, results = manager.run_source(self.model, passes, self.report)
         recipe = self.recipe
         for one in passes:
-            if one.name == "quantize":
-                recipe = find_recipe(getattr(one, "recipe"))
+            recipe = find_recipe(str(vars(one)["recipe"])) if "quantized" in one.ensures else recipe
         return dataclasses.replace(
             self, model=model, recipe=recipe, steps=(*self.steps, pipeline), results=(*self.results, *results)
         )

@@ -38,7 +38,7 @@ FORMAT_VERSION: Final = 1
 
 
 def save(program: Program, folder: Path) -> None:
-    """Write `program` into `folder`, which is made. Custom operators stay names: their library must be loaded to load."""
+    """Write `program` into `folder`, which is made. Custom operators stay names: loading needs their library."""
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     storages: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
@@ -119,7 +119,9 @@ def _place(exported: ExportedProgram, name: str, storages: dict[str, Tensor], ke
     if identity not in keys:
         keys[identity] = name if name not in storages else f"{name}@{len(storages)}"
         elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-        storages[keys[identity]] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), 0, (elements,))
+        storages[keys[identity]] = torch.empty(0, dtype=tensor.dtype).set_(
+            tensor.untyped_storage(), 0, (elements,), (1,)
+        )
     return {
         "storage": keys[identity],
         "dtype": str(tensor.dtype).removeprefix("torch."),

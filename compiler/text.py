@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from triptych.compiler.capture import user_input_values
 from triptych.compiler.editing import bound_names
-from triptych.compiler.program import Method, Program
+from triptych.compiler.program import Method, Program, StateRow, Weight
 from triptych.manifest import Dim, DynamicDim, TensorSignature
 
 
@@ -23,20 +23,23 @@ def program_text(program: Program, *, graphs: bool = True) -> str:
     lines = ["program"]
     metadata = program.metadata
     lines.append(f"  context {metadata.max_context}, vocabulary {metadata.vocab_size}, eos {list(metadata.eos_ids)}")
-    for row in program.state.values():
-        lines.append(
-            f"  state {row.name}: {_dtype(row.dtype)}{list(row.shape)} {row.layout}, "
-            f"read by {_names(row.readers)}, written by {_names(row.writers)}"
-        )
-    for weight in program.weights.values():
-        tensor = weight.uses[0].tensor
-        aliases = "".join(f" = {name}" for name in weight.names if name != weight.key)
-        lines.append(
-            f"  weight {weight.key}{aliases}: {_dtype(tensor.dtype)}{list(tensor.shape)}, used by {_names(weight.users)}"
-        )
+    lines.extend(_state_line(row) for row in program.state.values())
+    lines.extend(_weight_line(weight) for weight in program.weights.values())
     for name, method in program.methods.items():
         lines.extend(_method_lines(name, method, graphs=graphs))
     return "\n".join(lines) + "\n"
+
+
+def _state_line(row: StateRow) -> str:
+    shape = f"{_dtype(row.dtype)}{list(row.shape)} {row.layout}"
+    return f"  state {row.name}: {shape}, read by {_names(row.readers)}, written by {_names(row.writers)}"
+
+
+def _weight_line(weight: Weight) -> str:
+    tensor = weight.uses[0].tensor
+    aliases = "".join(f" = {name}" for name in weight.names if name != weight.key)
+    shape = f"{_dtype(tensor.dtype)}{list(tensor.shape)}"
+    return f"  weight {weight.key}{aliases}: {shape}, used by {_names(weight.users)}"
 
 
 def method_text(name: str, method: Method) -> str:

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from triptych.compiler.attention import AttentionRecorder
+from triptych.compiler.attention import recorded_attention
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import Tolerance
 from triptych.errors import ModelError
@@ -95,7 +95,7 @@ def reference(model: Model, trace: CallTrace) -> TraceOutputs:
     was_training = model.module.training
     model.module.eval()
     try:
-        with AttentionRecorder(model.module, "eager") as recorder:
+        with recorded_attention(model.module) as calls:
             eager = model.eager(model.module, trace.tokens, trace.pixel_values)
     finally:
         model.module.train(was_training)
@@ -113,7 +113,7 @@ def reference(model: Model, trace: CallTrace) -> TraceOutputs:
                 position += 1
                 outputs[f"decode@{position}"] = eager.logits[position - 1]
     state = {}
-    for call in recorder.calls:
+    for call in calls:
         if call.query.shape[2] == len(trace.tokens):
             prefix = f"{call.owner}.{HANDLER_NAME}" if call.owner else HANDLER_NAME
             state[f"{prefix}.cache.keys"] = call.key.transpose(1, 2)
@@ -140,8 +140,9 @@ def replay(runner: Runs, trace: CallTrace, methods: Mapping[str, str]) -> TraceO
             embeds = runner.run(methods["token_embedding"], tokens=tokens.unsqueeze(0))["embeds"].clone()
             outputs[f"embed@{position}"] = embeds[0].clone()
             if image_rows is not None:
-                here = tokens == trace.image_token_id
-                used, image_rows = image_rows.split([int(here.sum()), len(image_rows) - int(here.sum())])
+                here = torch.eq(tokens, trace.image_token_id or 0)
+                count = int(here.sum())
+                used, image_rows = image_rows[:count], image_rows[count:]
                 embeds[0, here] = used
             start = torch.tensor([position])
             logits = runner.run(methods["prefill"], embeds=embeds, start_pos=start)["logits"]
@@ -300,7 +301,7 @@ class Sensitivity:
     moved: float
 
     def sees(self, tolerance: Tolerance) -> bool:
-        """True where the move is at least 100 × what the comparison forgives."""
+        """True where the move is at least 100 times what the comparison forgives."""
         return self.moved >= SENSITIVITY_FACTOR * tolerance.relative
 
 

@@ -50,7 +50,7 @@ def _invalid(exported: ExportedProgram) -> str | None:
     try:
         exported.graph.lint()
         exported.validate()
-    except Exception as error:  # torch's verifiers raise many kinds; all mean "not valid"
+    except Exception as error:  # noqa: BLE001 (torch's verifiers raise many kinds; all mean "not valid")
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None
 
@@ -63,11 +63,14 @@ def _port_problems(where: str, port: TensorSignature, value: object) -> Iterator
     if dtype != port.dtype:
         yield f"{where} is {dtype} in the graph and {port.dtype} in its signature"
     agrees = len(value.shape) == len(port.shape) and all(
-        isinstance(size, int) == isinstance(dim, int) and (not isinstance(size, int) or size == dim)
-        for size, dim in zip(value.shape, port.shape, strict=True)
+        _fits(size, dim) for size, dim in zip(value.shape, port.shape, strict=True)
     )
     if not agrees:
         yield f"{where} has shape {list(value.shape)} in the graph and {list(port.shape)} in its signature"
+
+
+def _fits(size: object, dim: Dim) -> bool:
+    return size == dim if isinstance(size, int) else isinstance(dim, DynamicDim)
 
 
 def _link_problems(program: Program) -> Iterator[str]:

@@ -15,7 +15,8 @@ operator                          ExecuTorch                             aten
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ _library.define("cached_sdpa(Tensor query, Tensor key, Tensor value, Tensor star
 _library.impl("update_cache", update_cache, "CompositeImplicitAutograd")
 _library.impl("cached_sdpa", cached_sdpa, "CompositeImplicitAutograd")
 
-REFERENCE_KERNELS: Final = {
+REFERENCE_KERNELS: Final[dict[Any, Callable[..., Any]]] = {
     torch.ops.triptych.update_cache.default: update_cache,
     torch.ops.triptych.cached_sdpa.default: cached_sdpa,
 }

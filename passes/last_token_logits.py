@@ -24,9 +24,8 @@ class LastTokenLogits(GraphPass):
     """Compute the vocabulary projection for one row in place of every row.
 
     1. In a method with role prefill or decode and an output ``logits`` [1, S, V], every operator on the way to
-       the logits that treats positions alike (pointwise, linear, reductions over the last axis, quantization by row) and serves
-       nothing else moves behind a slice that keeps the last position.
-       This needs a dynamic S.
+       the logits that treats positions alike (pointwise, linear, reductions over the last axis, quantization by
+       row) and serves nothing else moves behind a slice that keeps the last position. This needs a dynamic S.
     2. The output becomes [1, V].
     """
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch._C import DispatchKey
 
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.pass_kinds import GraphPass, MatchLog
@@ -36,7 +37,7 @@ class LegalizeAten(GraphPass):
                 continue
             if target in REFERENCE_KERNELS:
                 editor.inline(node, REFERENCE_KERNELS[target])
-            elif target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            elif target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
                 editor.inline(node, target.decompose)
             else:
                 log.refused(str(target), "has no composite kernel whose body could be inlined")

@@ -43,7 +43,8 @@ class LegalizeExecuTorch(GraphPass):
 
         for node in updates:
             cache, value, start_pos = node.args
-            assert isinstance(cache, Node) and isinstance(start_pos, Node)
+            assert isinstance(cache, Node)
+            assert isinstance(start_pos, Node)
             start = start_of(start_pos, cache)
             with editor.graph.inserting_before(node):
                 editor.call(torch.ops.llama.update_cache.default, value, cache, start, like=node)
@@ -51,7 +52,8 @@ class LegalizeExecuTorch(GraphPass):
             log.matched("update_cache")
         for node in attentions:
             query, keys, values, start_pos, *scale = node.args
-            assert isinstance(start_pos, Node) and isinstance(keys, Node)
+            assert isinstance(keys, Node)
+            assert isinstance(start_pos, Node)
             start = start_of(start_pos, keys)
             with editor.graph.inserting_before(node):
                 attended = editor.call(

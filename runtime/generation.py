@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from triptych.errors import UsageError
+from triptych.errors import RunError, UsageError
 from triptych.runtime.entry_points import EntryPoints
 from triptych.runtime.sampling import Sampler, check_settings
 from triptych.runtime.segments import TextSegment
@@ -92,13 +92,25 @@ class TextTokenGenerator:
     def generate(
         self, session: Session, logits: Tensor, max_new_tokens: int, settings: SamplingSettings, timings: Timings
     ) -> Iterator[int]:
-        """Yield the tokens that follow `logits` [1, V]; `finish_reason` is set when they end.
+        """Return an iterator over the tokens that follow `logits` [1, V]; `finish_reason` is set when they end.
 
-        Raises `UsageError` where `max_new_tokens` is below 1.
+        Raises `UsageError` where `max_new_tokens` is below 1; the iterator raises `RunError` where the session was
+        reset since.
         """
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self.finish_reason = None
+        return self._tokens(session, logits, max_new_tokens, settings, timings, session.resets)
+
+    def _tokens(
+        self,
+        session: Session,
+        logits: Tensor,
+        max_new_tokens: int,
+        settings: SamplingSettings,
+        timings: Timings,
+        resets: int,
+    ) -> Iterator[int]:
         for number in range(1, max_new_tokens + 1):
             with timings.measure("sample"):
                 token = self._sampler.sample(
@@ -111,6 +123,8 @@ class TextTokenGenerator:
             if number == max_new_tokens:
                 self.finish_reason = "length"
                 return
+            if session.resets != resets:
+                raise RunError("this generation cannot go on: another one has reset its session; run one at a time")
             if session.room == 0:
                 self.finish_reason = "context"
                 return

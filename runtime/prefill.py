@@ -45,21 +45,24 @@ class TextPrefiller:
             raise RunError("the prompt is empty: there is no token to start from; give some text")
         method = self._entry_points.prefill
         if method is None:
-            return self._sequential(session, prompt.segments, timings)
+            return self._sequential(session, _text_tokens(prompt.segments), timings)
         signature = session.runner.signature(method.name)
         smallest, largest = _bounds(signature.input(method.content).shape[1])
         if self._chunk_size is not None:
             largest = min(largest, max(self._chunk_size, smallest))
         chunks = plan_chunks(prompt.segments, largest)
+        for chunk in chunks:
+            if _length(chunk) < smallest:
+                _text_tokens(chunk)  # refuses a picture before anything runs
         with timings.measure("vision"):
             for segment in prompt.segments:
                 if isinstance(segment, ImageSegment):
                     self._images.features(segment)
         logits: Tensor | None = None
         for chunk in chunks:
-            size = sum(segment.length for segment in chunk)
+            size = _length(chunk)
             if size < smallest:
-                logits = self._sequential(session, chunk, timings)
+                logits = self._sequential(session, _text_tokens(chunk), timings)
                 continue
             with timings.measure("embed"):
                 content = self._content(session, method, chunk)
@@ -83,13 +86,8 @@ class TextPrefiller:
             pieces.append(tokens if embedding is None else session.runner.run(embedding, tokens=tokens)["embeds"])
         return torch.cat(pieces, 1)
 
-    def _sequential(self, session: Session, segments: Sequence[Segment], timings: Timings) -> Tensor:
-        """Run text one position at a time through decode."""
-        tokens: list[int] = []
-        for segment in segments:
-            if isinstance(segment, ImageSegment):
-                raise RunError("an image of too few positions for prefill, or a program without one; export again")
-            tokens += segment.tokens
+    def _sequential(self, session: Session, tokens: Sequence[int], timings: Timings) -> Tensor:
+        """Run tokens one at a time through decode; return the last logits."""
         for token in tokens:
             with timings.measure("prefill"):
                 session.note_run(1)
@@ -132,3 +130,20 @@ def plan_chunks(segments: Sequence[Segment], largest: int) -> list[list[Segment]
 
 def _bounds(dim: Dim) -> tuple[int, int]:
     return (dim.minimum, dim.maximum) if isinstance(dim, DynamicDim) else (dim, dim)
+
+
+def _length(segments: Sequence[Segment]) -> int:
+    return sum(segment.length for segment in segments)
+
+
+def _text_tokens(segments: Sequence[Segment]) -> list[int]:
+    """Return the tokens of text segments; raises `RunError` on a picture, which decode cannot take."""
+    tokens: list[int] = []
+    for segment in segments:
+        if isinstance(segment, ImageSegment):
+            raise RunError(
+                f"an image of {segment.length} positions cannot be prefilled: the artifact has no prefill method that "
+                "takes so few; put more text around it or export again"
+            )
+        tokens += segment.tokens
+    return tokens

@@ -19,7 +19,7 @@ from typing import Self
 from torch import Tensor
 
 from triptych.errors import ArtifactError, RunError, UsageError
-from triptych.manifest import Manifest
+from triptych.manifest import ABI, Manifest
 from triptych.runtime.chat import ChatMessage, images_of, render_chat, user_message
 from triptych.runtime.entry_points import EntryPoints
 from triptych.runtime.generation import GenerationResult, SamplingSettings, TextDecoder, TextTokenGenerator
@@ -116,6 +116,8 @@ class Runner(ABC):
         manifest = Manifest.load(folder)
         if verify_files:
             manifest.check_files(folder)
+        if manifest.abi != ABI:
+            raise ArtifactError(f"{folder} keeps the ABI {manifest.abi!r}; this runner drives {ABI!r}: export for that")
         if manifest.tokenizer is None:
             raise ArtifactError(f"{folder} has no tokenizer; export the model with one, or drive its methods yourself")
         EntryPoints.of(manifest)
@@ -224,7 +226,7 @@ class Runner(ABC):
         settings: SamplingSettings,
         seed: int | None,
     ) -> GenerationStream:
-        if max_new_tokens < 1:
+        if max_new_tokens < 1:  # the generator would say so too, but only after the prefill
             raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         if isinstance(images, str | Path):
             raise UsageError(f"images is {images!r}; expected a list of paths or pictures, also for one")

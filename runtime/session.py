@@ -35,6 +35,12 @@ class Session:
         self._tokens: list[int] = []
         self._images: list[ImageSpan] = []
         self._written = 0
+        self._resets = 0
+
+    @property
+    def resets(self) -> int:
+        """How often the session was reset: who keeps logits of it sees whether they still belong to it."""
+        return self._resets
 
     @property
     def position(self) -> int:
@@ -85,6 +91,7 @@ class Session:
         self._tokens.clear()
         self._images.clear()
         self._written = 0
+        self._resets += 1
 
     def truncate(self, position: int) -> None:
         """Forget what lies at `position` and behind.

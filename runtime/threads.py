@@ -7,8 +7,8 @@ Two facts shape this module (measured with torch 2.13 and ExecuTorch 1.4.1 on Li
   0.13 s: the teams' spinning workers hold the cores that the pool needs. `torch.set_num_threads` cannot help,
   because it reaches the calling thread only.
 - `omp_set_max_active_levels(0)` makes every parallel region serial. In the libgomp that torch ships (OpenMP
-  5.0) the value belongs to the process, so it reaches the pool's threads, costs less than a microsecond
-  and needs no environment variable, whatever was imported first.
+  5.0) the value belongs to the process, so it reaches the pool's threads, costs about a microsecond a call
+  and needs no environment variable, whatever was imported first. Without `set_num_threads` it saves 13 %.
 """
 
 from __future__ import annotations

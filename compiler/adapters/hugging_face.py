@@ -65,7 +65,7 @@ def describe(module: Any, assets: Assets, *, max_context: int | None = None, nam
     if not 1 <= context <= limit:
         raise ModelError(f"max context is {context}; {config.model_type} allows 1 to {limit} positions")
     width = int(module.get_input_embeddings().weight.shape[1])
-    entry_points = (*_encoders(module, assets), *_text_entry_points(width, has_image=assets.pixel_shape is not None))
+    entry_points = (*_encoders(assets), *_text_entry_points(width, has_image=assets.pixel_shape is not None))
     return Model(
         module=module,
         entry_points=entry_points,
@@ -113,7 +113,7 @@ def _text_entry_points(width: int, *, has_image: bool) -> tuple[EntryPoint, ...]
     )
 
 
-def _encoders(module: Any, assets: Assets) -> tuple[EntryPoint, ...]:
+def _encoders(assets: Assets) -> tuple[EntryPoint, ...]:
     if assets.pixel_shape is None:
         return ()
     pixels = TensorSignature("pixel_values", "float32", assets.pixel_shape, ("image",))
@@ -185,7 +185,7 @@ def _components(module: Any, *, has_image: bool) -> dict[str, tuple[str, ...]]:
     }
     if has_image:
         parts["vision"] = module.get_encoder(modality="image")
-    components = {part: (names[id(child)],) for part, child in parts.items()}
+    components: dict[str, tuple[str, ...]] = {part: (names[id(child)],) for part, child in parts.items()}
     if has_image:
         known = tuple(prefix for prefixes in components.values() for prefix in prefixes)
         components["projector"] = tuple(

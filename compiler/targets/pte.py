@@ -11,10 +11,16 @@ from typing import Any, Final
 
 from triptych.errors import ArtifactError, LoweringError
 
-
 _ELEMENT_SIZES: Final = {
-    **{"BYTE": 1, "CHAR": 1, "BOOL": 1, "SHORT": 2, "HALF": 2, "BFLOAT16": 2},
-    **{"INT": 4, "FLOAT": 4, "LONG": 8, "DOUBLE": 8},
+    "BYTE": 1,
+    "CHAR": 1,
+    "BOOL": 1,
+    "SHORT": 2,
+    "HALF": 2,
+    "BFLOAT16": 2,
+    "INT": 4,
+    "FLOAT": 4,
+    "LONG": 8,
 }
 
 
@@ -108,4 +114,4 @@ def _method(plan: Any, delegate_data: list[bytes], weights: Mapping[str, int]) -
 
 
 def _nbytes(tensor: Any) -> int:
-    return math.prod(tensor.sizes) * _ELEMENT_SIZES[tensor.scalar_type.name]
+    return int(math.prod(tensor.sizes)) * _ELEMENT_SIZES[tensor.scalar_type.name]

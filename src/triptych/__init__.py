@@ -43,7 +43,22 @@ _LAZY: Final = {
     "MultimodalRunner": "triptych.runtime.runner",
 }
 
-__all__ = ["TriptychError", "__version__", *_LAZY]
+__all__ = [
+    "Artifact",
+    "Captured",
+    "EntryPoint",
+    "Lowered",
+    "Metadata",
+    "Model",
+    "MultimodalRunner",
+    "Runner",
+    "Source",
+    "TextRunner",
+    "TriptychError",
+    "__version__",
+    "export",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -60,11 +60,20 @@ def _artifact(path: Path, manifest: Manifest) -> dict[str, Any]:
         "files": {name: record.bytes for name, record in manifest.files.items()},
         "versions": dict(manifest.versions),
     }
+    found["weights"] = [
+        {
+            "name": row.name,
+            "dtype": row.dtype,
+            "shape": list(row.shape),
+            "bytes": row.bytes,
+            "aliases": list(row.aliases),
+            "users": list(row.users),
+        }
+        for row in manifest.weights
+    ]
     for program in manifest.programs:
         if program.engine == "executorch":
             _merge(found, _pte(path / program.file))
-        elif program.engine == "eager":
-            found["weights"] = _program((path / program.file).parent)["weights"]
     return found
 
 
@@ -75,7 +84,7 @@ def _merge(found: dict[str, Any], pte: dict[str, Any]) -> None:
     placements = {row["name"]: row for row in pte["state"]}
     for row in found["state"]:
         row.update({key: placements[row["name"]][key] for key in ("arena", "offset", "nbytes", "one_place")})
-    found["weights"] = pte["weights"]
+    found["stored"] = pte["stored"]
 
 
 def _port(port: TensorSignature) -> str:
@@ -120,7 +129,7 @@ def _pte(path: Path) -> dict[str, Any]:
             }
             for row, places in sorted(rows.items())
         ],
-        "weights": weights,
+        "stored": weights,
     }
 
 
@@ -159,7 +168,9 @@ def _program(folder: Path) -> dict[str, Any]:
         ],
         "weights": [
             {
-                "key": weight.key,
+                "name": weight.key,
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "shape": list(weight.uses[0].tensor.shape),
                 "bytes": weight.nbytes,
                 "aliases": [name for name in weight.names if name != weight.key],
                 "users": list(weight.users),

@@ -99,6 +99,18 @@ class StateRow:
 
 
 @dataclass(frozen=True)
+class WeightRow:
+    """One stored weight of the program: its name, its other names (tied weights), and the methods that use it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    aliases: tuple[str, ...]
+    users: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ImageSettings:
     """How a picture becomes `pixel_values`, in this order; None leaves a step out.
 
@@ -155,6 +167,7 @@ class Manifest:
     target: str
     recipe: str
     pipeline: str
+    weights: tuple[WeightRow, ...] = ()
     cpu_features: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -258,6 +271,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
             "programs": tuple(ProgramFile(**_tuples(program)) for program in values["programs"]),
             "methods": {name: _method(method) for name, method in values["methods"].items()},
             "state": tuple(StateRow(**_tuples(row)) for row in values["state"]),
+            "weights": tuple(WeightRow(**_tuples(row)) for row in values["weights"]),
             "image": ImageSettings(**_tuples(values["image"])) if values["image"] is not None else None,
             "chat": ChatSettings(**values["chat"]),
             "files": {name: FileRecord(**record) for name, record in values["files"].items()},

@@ -146,7 +146,8 @@ def verify(
     if not recipe.is_float:
         own = Source(model).quantize(recipe.name).model
         references = {recipe.name: (own, QUANTIZED_TOLERANCE), **references}
-    reports, kls = [], []
+    reports: list[TraceReport] = []
+    kls: list[float] = []
     with load_runner(folder, manifest) as runner:
         for trace in traces:
             report(trace.name)
@@ -202,8 +203,8 @@ def make_traces(
     fitting = [length for length in prompt_lengths if length + tokens <= manifest.max_context]
     if not fitting or tokens < 1:
         raise UsageError(
-            f"{tokens} tokens after a prompt of {min(prompt_lengths)} do not fit the context of {manifest.max_context}; "
-            "decode between 1 and the context's length"
+            f"{tokens} tokens after a prompt of {min(prompt_lengths)} do not fit the context of "
+            f"{manifest.max_context}; decode between 1 and the context's length"
         )
     for length in fitting:
         steps = (Step("prefill", length), Step("decode", tokens))

@@ -141,3 +141,16 @@ def test_incomplete_artifacts_are_refused_at_load() -> None:
     odd = dataclasses.replace(whole.methods["decode"], inputs=(TensorSignature("x", "int64", (1,)),))
     with pytest.raises(ArtifactError, match="expected one of embeds and tokens"):
         EntryPoints.of(dataclasses.replace(whole, methods={**whole.methods, "decode": odd}))
+
+
+def test_a_picture_that_only_decode_could_take_is_refused_before_anything_runs() -> None:
+    manifest = fake_manifest()
+    method = manifest.methods["prefill"]
+    embeds = dataclasses.replace(method.inputs[0], shape=(1, DynamicDim("S", 5, 7), 8))
+    methods = {**manifest.methods, "prefill": dataclasses.replace(method, inputs=(embeds, method.inputs[1]))}
+    runner = FakeRunner(dataclasses.replace(manifest, methods=methods))
+    points = EntryPoints.of(runner.manifest)
+    prefiller = TextPrefiller(points, ImagePrefiller(runner, points))
+    with pytest.raises(RunError, match="image of 4 positions cannot be prefilled"):
+        prefiller.prefill(Session(runner, runner.manifest), Prompt((TextSegment((5, 6, 7, 8)), image(1))), Timings())
+    assert runner.calls == []

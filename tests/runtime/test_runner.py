@@ -174,3 +174,19 @@ def test_files_are_verified_unless_told_otherwise(make_artifact: Make) -> None:
         assert runner.generate("what?", max_new_tokens=1).tokens
     with pytest.raises(RunError, match="closed"):
         runner.generate("what?")
+
+
+def test_another_abi_is_refused(make_artifact: Make) -> None:
+    folder = make_artifact()
+    manifest = (folder / "triptych.json").read_text()
+    (folder / "triptych.json").write_text(manifest.replace('"abi": "triptych/1"', '"abi": "executorch-llm"'))
+    with pytest.raises(ArtifactError, match="keeps the ABI 'executorch-llm'"):
+        Runner.from_pretrained(folder)
+
+
+def test_a_second_generation_ends_the_first_with_an_error(make_artifact: Make) -> None:
+    runner = Runner.from_pretrained(make_artifact())
+    first = runner.stream("what?", max_new_tokens=30)
+    runner.generate("what?", max_new_tokens=2)
+    with pytest.raises(RunError, match="another one has reset its session"):
+        list(first)

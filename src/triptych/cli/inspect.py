@@ -29,7 +29,10 @@ def inspect(path: Path, as_json: bool) -> None:
             click.echo(f"  {key.replace('_', ' ')}: {content[key]}")
     _show_methods(content["methods"])
     _show_state(content["state"])
-    _show_weights(content.get("weights", []))
+    if "weights" in content:
+        _show_weights(content["weights"])
+    if "stored" in content:
+        _show_stored(content["stored"])
     for name, size in content.get("files", {}).items():
         click.echo(f"  file {name}: {_size(size)}")
 
@@ -44,9 +47,9 @@ def _show_methods(methods: dict[str, dict[str, Any]]) -> None:
             for port in method.get(direction, ()):
                 click.echo(f"    {direction[:-1]} {port}")
         if "delegates" in method:
-            counts = ", ".join(f"{count} × {backend}" for backend, count in method["delegates"].items())
+            counts = ", ".join(f"{count} {backend}" for backend, count in method["delegates"].items())
             click.echo(f"    delegates: {counts or 'none'}")
-            operators = ", ".join(f"{count} × {name}" for name, count in method["undelegated_operators"].items())
+            operators = ", ".join(f"{count} {name}" for name, count in method["undelegated_operators"].items())
             click.echo(f"    undelegated operators: {operators or 'none'}")
 
 
@@ -62,12 +65,19 @@ def _show_state(rows: list[dict[str, Any]]) -> None:
 
 
 def _show_weights(weights: list[dict[str, Any]]) -> None:
-    total = sum(weight["bytes"] for weight in weights)
-    shared = sum(weight["bytes"] for weight in weights if len(weight["users"]) > 1)
-    click.echo(f"  weights: {len(weights)} stored once, {_size(total)}; {_size(shared)} used by several methods")
-    for weight in sorted(weights, key=lambda one: -one["bytes"]):
-        aliases = f" = {', '.join(weight['aliases'])}" if weight.get("aliases") else ""
-        click.echo(f"    {weight['key']}{aliases}: {_size(weight['bytes'])}, used by {', '.join(weight['users'])}")
+    click.echo(f"  weights: {len(weights)}, {_size(sum(weight['bytes'] for weight in weights))}")
+    for weight in weights:
+        aliases = "".join(f" = {name}" for name in weight["aliases"])
+        click.echo(
+            f"    {weight['name']}{aliases}: {weight['dtype']}{weight['shape']}, used by {', '.join(weight['users'])}"
+        )
+
+
+def _show_stored(stored: list[dict[str, Any]]) -> None:
+    """What the file holds, each entry once; ExecuTorch knows delegates' weights by a hash of their bytes."""
+    total = sum(entry["bytes"] for entry in stored)
+    shared = sum(entry["bytes"] for entry in stored if len(entry["users"]) > 1)
+    click.echo(f"  stored in the file: {len(stored)} constants, {_size(total)}, of which methods share {_size(shared)}")
 
 
 def _size(count: int) -> str:

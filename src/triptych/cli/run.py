@@ -23,7 +23,7 @@ from triptych.cli.console import quiet_libraries
 @click.option("--threads", type=int, default=None, help="Threads of the engine. Default: its own choice.")
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and timings.")
-def run(
+def run(  # noqa: PLR0917 (click passes options by name)
     folder: Path,
     prompt: str,
     images: tuple[Path, ...],

@@ -133,14 +133,22 @@ def build_model(vocab_size: int, image_token_id: int, seed: int) -> Any:
     return model
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a special token; raises `ValueError` where the tokenizer does not know it."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no token {token!r}")
+    return int(found)
+
+
 def encode_dialogue(tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[int]]:
     """Return token ids with expanded image placeholders, and labels that cover the answers only."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    image_id, eos_id = tokenizer.token_to_id("<image>"), tokenizer.token_to_id("</s>")
-    tokens = [tokenizer.token_to_id("<s>")]
+    image_id, bos_id, eos_id = (token_id(tokenizer, token) for token in ("<image>", "<s>", "</s>"))
+    tokens = [bos_id]
     labels = [IGNORED_LABEL]
     for turn in turns:
         question = encode("user: ") + [image_id] * IMAGE_TOKENS * len(turn.images)
@@ -194,7 +202,7 @@ def train(out: Path, *, steps: int, batch_size: int, peak: float, seed: int) -> 
     """Train for `steps` batches and save the checkpoint, the processor and nothing else to `out`."""
     tokenizer = train_tokenizer()
     processor = build_processor(tokenizer)
-    model = build_model(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>"), seed)
+    model = build_model(tokenizer.get_vocab_size(), token_id(tokenizer, "<image>"), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     batches = Batches(processor, tokenizer, batch_size, seed)
     started = time.monotonic()
