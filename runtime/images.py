@@ -6,7 +6,6 @@ The steps and their order are those of transformers' Pillow image processors (`P
 
 from __future__ import annotations
 
-import math
 import struct
 import warnings
 from pathlib import Path
@@ -119,14 +118,9 @@ def _resized(resize: tuple[int, ...], image: Image.Image) -> tuple[int, int]:
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """Cut (height, width) from the centre; a smaller picture gets black borders, the odd pixel above and left."""
-    full_height, full_width = max(height, image.height), max(width, image.width)
-    pad_top = math.ceil((full_height - image.height) / 2)
-    pad_left = math.ceil((full_width - image.width) / 2)
-    top = (image.height - height) // 2 + pad_top
-    left = (image.width - width) // 2 + pad_left
-    canvas = Image.new("RGB", (full_width, full_height))
-    canvas.paste(image, (pad_left, pad_top))
-    return canvas.crop((left, top, left + width, top + height))
+    top = (image.height - height) // 2
+    left = (image.width - width) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _channels(values: tuple[float, ...]) -> Tensor:

@@ -2,10 +2,10 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -14,6 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from tests import assets
+
+if TYPE_CHECKING:
+    from triptych.compiler.model import Model
 
 THREADS: Final = 2
 SEED: Final = 20_240
@@ -54,3 +57,96 @@ def smollm2() -> Path:
 def smollm2_cut() -> Path:
     """The first four layers of SmolLM2-135M-Instruct."""
     return assets.smollm2_cut(layers=4)
+
+
+# ---------------------------------------------------------------------------------------------------- golden texts
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden` rewrites the files under tests/golden instead of comparing with them."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the tests see now")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Return a function (file name, text) that holds `text` to tests/golden/<file name>."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing; make it with pytest --update-golden and read what it says"
+        assert text == path.read_text(encoding="utf-8"), f"{name} differs; if it should, run pytest --update-golden"
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------- exported models
+
+DEMO_CONTEXT: Final = 256
+SMOLLM2_CONTEXT: Final = 512
+
+
+@pytest.fixture(scope="session")
+def demo_model(demo_checkpoint: Path) -> "Model":
+    """The embedded model, described; the reference of every artifact made from it."""
+    from triptych.compiler.adapters.hugging_face import load
+
+    return load(demo_checkpoint, max_context=DEMO_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def smollm2_cut_model(smollm2_cut: Path) -> "Model":
+    """Four layers of SmolLM2, described."""
+    from triptych.compiler.adapters.hugging_face import load
+
+    return load(smollm2_cut, max_context=SMOLLM2_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that exports a checkpoint into a fresh folder and returns that folder."""
+
+    def export(checkpoint: Path, target: str, recipe: str, max_context: int) -> Path:
+        import triptych
+
+        out = tmp_path_factory.mktemp(f"{checkpoint.name}-{target}-{recipe}") / "artifact"
+        return triptych.export(checkpoint, out=out, target=target, recipe=recipe, max_context=max_context).path
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def demo_eager(demo_checkpoint: Path, export_once: Callable[..., Path]) -> Path:
+    """The embedded model for the eager target, fp32."""
+    return export_once(demo_checkpoint, "eager", "fp32", DEMO_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def demo_quantized_eager(demo_checkpoint: Path, export_once: Callable[..., Path]) -> Path:
+    """The embedded model for the eager target, 8da4w."""
+    return export_once(demo_checkpoint, "eager", "8da4w", DEMO_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def demo_xnnpack(demo_checkpoint: Path, export_once: Callable[..., Path]) -> Path:
+    """The embedded model for XNNPACK, fp32; half a minute."""
+    return export_once(demo_checkpoint, "xnnpack", "fp32", DEMO_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def demo_quantized_xnnpack(demo_checkpoint: Path, export_once: Callable[..., Path]) -> Path:
+    """The embedded model for XNNPACK, 8da4w; three quarters of a minute."""
+    return export_once(demo_checkpoint, "xnnpack", "8da4w", DEMO_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def demo_portable(demo_checkpoint: Path, export_once: Callable[..., Path]) -> Path:
+    """The embedded model for ExecuTorch's portable kernels; half a minute."""
+    return export_once(demo_checkpoint, "portable", "fp32", DEMO_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def smollm2_cut_xnnpack(smollm2_cut: Path, export_once: Callable[..., Path]) -> Path:
+    """Four layers of SmolLM2 for XNNPACK, fp32; room for a prompt of 300 tokens."""
+    return export_once(smollm2_cut, "xnnpack", "fp32", SMOLLM2_CONTEXT)

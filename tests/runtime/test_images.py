@@ -14,7 +14,7 @@ from triptych.runtime.images import load_image, preprocess
 
 SIGLIP = ImageSettings("<image>", 3, 1, (32, 32), 3, None, 1 / 255, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
 CLIP = ImageSettings("<image>", 3, 1, (24,), 3, (24, 24), 1 / 255, (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))
-SIZES = [(32, 32), (7, 5), (101, 33), (33, 101), (1, 40), (333, 250)]
+SIZES = [(32, 32), (7, 5), (101, 33), (33, 101), (1, 40), (333, 250), (31, 49), (49, 31)]
 
 
 def port(height: int, width: int) -> TensorSignature:

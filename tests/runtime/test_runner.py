@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers import processors
 
 from triptych.errors import ArtifactError, RunError, UsageError
 from triptych.runtime.fake import FakeRunner
@@ -190,3 +192,16 @@ def test_a_second_generation_ends_the_first_with_an_error(make_artifact: Make) -
     runner.generate("what?", max_new_tokens=2)
     with pytest.raises(RunError, match="another one has reset its session"):
         list(first)
+
+
+def test_bos_goes_before_plain_prompts_where_the_tokenizer_says_so(make_artifact: Make) -> None:
+    folder = make_artifact()
+    adding = HubTokenizer.from_file(str(folder / "tokenizer.json"))
+    adding.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    adding.save(str(folder / "tokenizer.json"))
+    runner = Runner.from_pretrained(folder)
+    plain = len(runner.tokenizer.encode("what?"))
+    assert runner.generate("what?", chat=False, max_new_tokens=1).prompt_tokens == plain + 1
+    assert runner.session.tokens[0] == 1
+    runner.generate("what?", max_new_tokens=1)  # a chat template writes its own
+    assert runner.session.tokens[0] != 1

@@ -198,11 +198,13 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: int = 40, floor: 
     return peak * min(1.0, (step + 1) / warm_up) * (cosine * (1 - floor) + floor)
 
 
-def train(out: Path, *, steps: int, batch_size: int, peak: float, seed: int) -> None:
-    """Train for `steps` batches and save the checkpoint, the processor and nothing else to `out`."""
+def train(out: Path, *, steps: int, batch_size: int, peak: float, seed: int, init: Path | None) -> None:
+    """Train for `steps` batches, from `init` or from nothing; save the checkpoint and the processor to `out`."""
     tokenizer = train_tokenizer()
     processor = build_processor(tokenizer)
     model = build_model(tokenizer.get_vocab_size(), token_id(tokenizer, "<image>"), seed)
+    if init is not None:
+        model.load_state_dict(type(model).from_pretrained(init, dtype=torch.float32).state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     batches = Batches(processor, tokenizer, batch_size, seed)
     started = time.monotonic()
@@ -238,6 +240,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="dialogues a batch (default: %(default)s)")
     parser.add_argument("--peak-learning-rate", type=float, default=1.5e-3, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
+    parser.add_argument("--init", type=Path, default=None, help="checkpoint to go on from (default: none)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -247,6 +250,7 @@ def main() -> None:
         batch_size=options.batch_size,
         peak=options.peak_learning_rate,
         seed=options.seed,
+        init=options.init,
     )
 
 
