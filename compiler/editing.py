@@ -42,6 +42,12 @@ def bound_names(exported: ExportedProgram) -> dict[str, str]:
     }
 
 
+def tensor_names(exported: ExportedProgram) -> list[str]:
+    """Return every name under which the method holds a tensor, aliases included, sorted."""
+    bound = set(bound_names(exported).values())
+    return sorted(bound | {name for name, value in exported.state_dict.items() if isinstance(value, Tensor)})
+
+
 def mutated_buffers(exported: ExportedProgram) -> frozenset[str]:
     """Return the names of the tensors that a call changes, by in-place operators or by functional copies."""
     bound = bound_names(exported)
@@ -88,6 +94,7 @@ def tidied(exported: ExportedProgram) -> ExportedProgram:
     """Return `exported` as methods of a program want it.
 
     1. Parameters, buffers and constants that no node uses are dropped: export lists every tensor of the module.
+       Other names of a tensor that is used (tied weights) are kept.
     2. Assertions about dtypes that tracing has settled are dropped.
     3. Tensors are detached, sharing their storage: no target lowers a mutation beside a gradient.
     """
@@ -101,7 +108,9 @@ def tidied(exported: ExportedProgram) -> ExportedProgram:
             graph_module.graph.erase_node(node)
     names = {node.name for node in graph_module.graph.nodes}
     kept = [spec for spec in exported.graph_signature.input_specs if spec.arg.name in names]
+    used = {id(exported.state_dict[spec.target]) for spec in kept if spec.target in exported.state_dict}
     targets = {spec.target for spec in kept}
+    targets |= {name for name, value in exported.state_dict.items() if id(value) in used}
     graph_module.recompile()
     return rebuild(
         exported,

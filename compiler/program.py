@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from triptych.compiler.editing import bound_names, bound_tensor, mutated_buffers
+from triptych.compiler.editing import bound_names, bound_tensor, mutated_buffers, tensor_names
 from triptych.compiler.model import Metadata
 from triptych.compiler.roles import Role
 from triptych.errors import VerificationError
@@ -208,7 +208,7 @@ def _weight_table(methods: Mapping[str, Method]) -> dict[str, Weight]:
     uses: dict[int, list[WeightUse]] = {}
     state = frozenset().union(*(mutated_buffers(method.exported) for method in methods.values()))
     for method_name, method in methods.items():
-        for name in dict.fromkeys(bound_names(method.exported).values()):
+        for name in tensor_names(method.exported):
             if name not in state:
                 tensor = bound_tensor(method.exported, name)
                 uses.setdefault(storage_identity(tensor), []).append(WeightUse(method_name, name, tensor))

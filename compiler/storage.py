@@ -23,7 +23,7 @@ from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass, serialize
 from torch.export import ExportedProgram
 
-from triptych.compiler.editing import bound_names, bound_tensor
+from triptych.compiler.editing import bound_tensor, tensor_names
 from triptych.compiler.model import Metadata
 from triptych.compiler.program import Method, Program, storage_identity
 from triptych.compiler.roles import Role
@@ -50,10 +50,7 @@ def save(program: Program, folder: Path) -> None:
             "inputs": [dataclasses.asdict(port) for port in method.inputs],
             "outputs": [dataclasses.asdict(port) for port in method.outputs],
             "graph": _graph_file(name),
-            "tensors": {
-                fqn: _place(method.exported, fqn, storages, keys)
-                for fqn in sorted(set(bound_names(method.exported).values()))
-            },
+            "tensors": {fqn: _place(method.exported, fqn, storages, keys) for fqn in tensor_names(method.exported)},
         }
     tables = {
         "format": FORMAT,

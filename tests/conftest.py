@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for, and the conditions that every test runs under."""
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -150,3 +151,17 @@ def demo_portable(demo_checkpoint: Path, export_once: Callable[..., Path]) -> Pa
 def smollm2_cut_xnnpack(smollm2_cut: Path, export_once: Callable[..., Path]) -> Path:
     """Four layers of SmolLM2 for XNNPACK, fp32; room for a prompt of 300 tokens."""
     return export_once(smollm2_cut, "xnnpack", "fp32", SMOLLM2_CONTEXT)
+
+
+@pytest.fixture(autouse=True)
+def _no_torch_trace() -> None:
+    """Keep torch from writing a structured trace of every capture, which makes captures ten times as slow.
+
+    It writes one where its trace logger has a handler, and pytest hands its own to loggers that do not propagate.
+    Torch sets that logger up again now and then, so this is done before every test.
+    """
+    import torch  # noqa: F401 (sets the logger up)
+
+    trace = logging.getLogger("torch.__trace")
+    trace.handlers.clear()
+    trace.propagate = True

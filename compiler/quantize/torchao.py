@@ -29,11 +29,22 @@ def quantize(model: Model, recipe: Recipe) -> list[str]:
         config = _config(form)
         # quantize_ speaks of children, so each module goes in under a parent of its own.
         quantize_(nn.ModuleList([module]), config, filter_fn=lambda child, _, module=module: child is module)
+        if isinstance(form, LinearFormat):
+            _round_scales(module)
         names.append(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         unwrap_tensor_subclass(model.module)
     return names
+
+
+def _round_scales(module: nn.Module) -> None:
+    """Round a linear's weight scales to bfloat16 values, so that a kernel that stores them so loses nothing.
+
+    XNNPACK's blockwise 4-bit kernels do (`xnn_datatype_qbint4` takes bfloat16 scales).
+    """
+    scale: torch.Tensor = module.get_parameter("weight").scale  # type: ignore[attr-defined]
+    scale.copy_(scale.to(torch.bfloat16))
 
 
 def _config(form: LinearFormat | EmbeddingFormat) -> object:

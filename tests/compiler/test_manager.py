@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -163,11 +164,13 @@ def test_a_pass_that_breaks_the_program_fails_by_name(tiny_program: Program, wro
     ("wrong", "kind"), [(Fails(), "KeyError"), (SourceFails(), "ZeroDivisionError")], ids=["graph", "source"]
 )
 def test_a_pass_that_raises_fails_by_name(tiny_program: Program, wrong: Pass, kind: str) -> None:
+    run = (
+        partial(manager.run_source, tiny.tiny(layers=1))
+        if isinstance(wrong, SourceTransform)
+        else partial(manager.run_program, tiny_program)
+    )
     with pytest.raises(VerificationError, match=f"pass wrong-pass failed with {kind}"):
-        if isinstance(wrong, SourceTransform):
-            manager.run_source(tiny.tiny(layers=1), [wrong])
-        else:
-            manager.run_program(tiny_program, [wrong])  # type: ignore[list-item]
+        run([wrong])  # type: ignore[list-item]
 
 
 def test_a_failed_pass_leaves_the_program_it_was_given(tiny_program: Program) -> None:

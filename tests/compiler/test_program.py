@@ -106,7 +106,8 @@ def test_two_values_under_one_name_are_two_weights(tiny_program: Program) -> Non
     other = with_tensors(decode, {name: nn.Parameter(decode.exported.state_dict[name].clone(), requires_grad=False)})
     program = tiny_program.with_methods({**tiny_program.methods, "decode": other})
     rows = {key: weight.users for key, weight in program.weights.items() if name in weight.names}
-    assert rows == {name: ("decode",), f"{name}@prefill": ("prefill",)}
+    assert len(rows) == 2
+    assert set(rows.values()) == {("decode",), ("prefill",)}
 
 
 def test_a_state_row_with_two_storages_is_refused_naming_both_methods(tiny_program: Program) -> None:

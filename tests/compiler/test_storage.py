@@ -25,7 +25,7 @@ def saved(tiny_program: Program, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> NoReturn:
+    def refuse(*_: object, **__: object) -> NoReturn:
         raise AssertionError("something was unpickled")
 
     monkeypatch.setattr(pickle, "Unpickler", refuse)

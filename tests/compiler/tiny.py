@@ -99,7 +99,7 @@ def decode(module: Any, tokens: Tensor, start_pos: Tensor) -> Tensor:
     return prefill(module, module.embedding(tokens), start_pos)
 
 
-def eager(module: nn.Module, tokens: Tensor, pixel_values: tuple[Tensor, ...]) -> EagerOutputs:
+def eager(module: nn.Module, tokens: Tensor, _: tuple[Tensor, ...]) -> EagerOutputs:
     """The module's own forward over a whole sequence."""
     with torch.no_grad():
         return EagerOutputs(module(tokens.unsqueeze(0))[0], (), module.embedding(tokens))  # type: ignore[operator]

@@ -151,8 +151,12 @@ def encode_dialogue(tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int],
     tokens = [bos_id]
     labels = [IGNORED_LABEL]
     for turn in turns:
-        question = encode("user: ") + [image_id] * IMAGE_TOKENS * len(turn.images)
-        question += encode(f"{turn.text} assistant:")
+        # As the chat template's text is tokenized: only a placeholder cuts it before the question.
+        if turn.images:
+            question = encode("user: ") + [image_id] * IMAGE_TOKENS * len(turn.images)
+            question += encode(f"{turn.text} assistant:")
+        else:
+            question = encode(f"user: {turn.text} assistant:")
         answer = [*encode(f" {turn.answer}"), eos_id]
         tokens += question + answer
         labels += [IGNORED_LABEL] * len(question) + answer
