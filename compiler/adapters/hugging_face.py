@@ -38,6 +38,7 @@ def load(folder: Path, *, max_context: int | None = None) -> Model:
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
+        context_of(config, max_context)
         auto_class = (
             transformers.AutoModelForImageTextToText
             if type(config) in transformers.AutoModelForImageTextToText._model_mapping
@@ -57,13 +58,7 @@ def describe(module: Any, assets: Assets, *, max_context: int | None = None, nam
     and for a context the model does not allow.
     """
     config = module.config
-    if config.is_encoder_decoder:
-        raise ModelError(f"{config.model_type} is an encoder-decoder; describe it with hand-written entry points")
-    text_config = config.get_text_config(decoder=True)
-    limit = int(text_config.max_position_embeddings)
-    context = min(limit, DEFAULT_CONTEXT) if max_context is None else max_context
-    if not 1 <= context <= limit:
-        raise ModelError(f"max context is {context}; {config.model_type} allows 1 to {limit} positions")
+    context, limit = context_of(config, max_context)
     width = int(module.get_input_embeddings().weight.shape[1])
     entry_points = (*_encoders(assets), *_text_entry_points(width, has_image=assets.pixel_shape is not None))
     return Model(
@@ -83,6 +78,17 @@ def describe(module: Any, assets: Assets, *, max_context: int | None = None, nam
         eager=_eager,
         tokenizer_file=assets.tokenizer_file,
     )
+
+
+def context_of(config: Any, max_context: int | None) -> tuple[int, int]:
+    """Return the context to build for and the most the model allows; raises `ModelError` where that cannot be."""
+    if config.is_encoder_decoder:
+        raise ModelError(f"{config.model_type} is an encoder-decoder; describe it with hand-written entry points")
+    limit = int(config.get_text_config(decoder=True).max_position_embeddings)
+    context = min(limit, DEFAULT_CONTEXT) if max_context is None else max_context
+    if not 1 <= context <= limit:
+        raise ModelError(f"max context is {context}; {config.model_type} allows 1 to {limit} positions")
+    return context, limit
 
 
 def _text_entry_points(width: int, *, has_image: bool) -> tuple[EntryPoint, ...]:

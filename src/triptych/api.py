@@ -11,6 +11,7 @@ from triptych.errors import UsageError
 if TYPE_CHECKING:
     from triptych.compiler.artifact import Artifact
     from triptych.compiler.model import Model
+    from triptych.compiler.quantize.recipes import Recipe
     from triptych.compiler.stages import Source
     from triptych.runtime.runner import Runner
 
@@ -104,7 +105,6 @@ def _export_whole(
     progress: Callable[[str], None] | None,
 ) -> Artifact:
     from triptych.compiler.artifact import check_destination
-    from triptych.compiler.pipeline import parse
     from triptych.compiler.quantize.recipes import check, find_recipe
     from triptych.compiler.targets.base import find_target
 
@@ -112,21 +112,13 @@ def _export_whole(
         raise UsageError(f"no ABI is called {abi!r}; known: {', '.join(ABIS)}")
     chosen_target = find_target(target)()
     chosen_recipe = find_recipe(recipe or DEFAULT_RECIPE)
-    chosen_target.check(chosen_recipe)
     if pipeline is not None:
-        parsed = parse(pipeline)
-        if not parsed.captures:
-            raise UsageError(f"pipeline {pipeline!r} has no 'capture'; put it between source and graph passes")
-        if recipe is not None and any(one.name == "quantize" for one in parsed.source):
-            raise UsageError("the pipeline quantizes already; leave out the recipe")
-        if max_context is not None and any(one.name == "static-kv-cache" for one in parsed.source):
-            raise UsageError("the pipeline sets the cache length (static-kv-cache); leave out max_context")
+        pipeline, chosen_recipe = _checked_pipeline(pipeline, recipe, max_context)
+    chosen_target.check(chosen_recipe)
     check_destination(out)
     source = _source(model, max_context, progress)
     check(source.model, chosen_recipe)
     text = pipeline or default_pipeline(source.model.metadata.max_context, chosen_recipe.name)
-    if pipeline is not None and not chosen_recipe.is_float:
-        text = f"quantize{{recipe={chosen_recipe.name}}},{pipeline}"
     before, _, after = (part.strip(", ") for part in _cut_at_capture(text))
     if before:
         source = source.transform(before)
@@ -134,6 +126,25 @@ def _export_whole(
     if after:
         captured = captured.rewrite(after)
     return captured.lower(chosen_target).save(out)
+
+
+def _checked_pipeline(pipeline: str, recipe: str | None, max_context: int | None) -> tuple[str, Recipe]:
+    """Return the pipeline with the quantization that `recipe` asks for, and the recipe it carries out."""
+    from triptych.compiler.pipeline import parse
+    from triptych.compiler.quantize.recipes import find_recipe
+
+    parsed = parse(pipeline)
+    if not parsed.captures:
+        raise UsageError(f"pipeline {pipeline!r} has no 'capture'; put it between source and graph passes")
+    if max_context is not None and any(vars(one).get("max") is not None for one in parsed.source):
+        raise UsageError("the pipeline sets the cache length (static-kv-cache{max=…}); leave out max_context")
+    written = [str(vars(one)["recipe"]) for one in parsed.source if "quantized" in one.ensures]
+    if written and recipe is not None:
+        raise UsageError(f"the pipeline quantizes already, with {written[0]}; leave out the recipe {recipe}")
+    chosen = find_recipe(written[0] if written else recipe or DEFAULT_RECIPE)
+    if not written and not chosen.is_float:
+        pipeline = f"quantize{{recipe={chosen.name}}},{pipeline}"
+    return pipeline, chosen
 
 
 def _cut_at_capture(text: str) -> tuple[str, str, str]:

@@ -49,7 +49,8 @@ class Stages:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._finish()
+        if error is None:
+            self._finish()
         self._progress.stop()
 
     def __call__(self, stage: str) -> None:

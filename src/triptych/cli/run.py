@@ -11,6 +11,18 @@ import click
 from triptych.cli.console import quiet_libraries
 
 
+class _Printer:
+    """Prints pieces of text as they come, without the space that an answer's first token begins with."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, text: str) -> None:
+        piece = text if self._begun else text.lstrip()
+        self._begun = self._begun or bool(piece)
+        click.echo(piece, nl=False)
+
+
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="What to say; wrapped in the model's chat template where it has one.")
@@ -46,7 +58,7 @@ def run(  # noqa: PLR0917 (click passes options by name)
             temperature=temperature,
             seed=seed,
             chat=not raw,
-            on_text=None if as_json else lambda text: click.echo(text, nl=False),
+            on_text=None if as_json else _Printer(),
         )
     if as_json:
         data = {
