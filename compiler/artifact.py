@@ -102,6 +102,11 @@ def check_destination(destination: Path) -> None:
             raise ArtifactError(f"{destination} exists and is no artifact; choose another folder or empty it")
     elif destination.exists():
         raise ArtifactError(f"{destination} exists and is no folder; choose another path")
+    parent = next(folder for folder in destination.resolve().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ArtifactError(
+            f"cannot write {destination}: {parent} is no folder that can be written; choose another path"
+        )
 
 
 def write(
@@ -112,7 +117,7 @@ def write(
     Everything is written into a hidden folder beside it and renamed at the end; whenever this is interrupted,
     the old artifact or none is left. Raises `ArtifactError` where something else is in the way.
     """
-    destination = destination.absolute()
+    destination = destination.resolve()
     check_destination(destination)
     with _folder_beside(destination) as folder:
         emission.write(folder)
@@ -161,7 +166,8 @@ def _sweep(destination: Path) -> None:
     for kind in ("old", "new"):
         for left in destination.parent.glob(f".{destination.name}.{kind}-*"):
             pid = left.name.rpartition("-")[2]
-            if not pid.isdigit() or _is_running(int(pid)):
+            # The own number is a leftover of another process that had it: this one has not begun yet.
+            if not pid.isdigit() or (int(pid) != os.getpid() and _is_running(int(pid))):
                 continue
             if kind == "old" and not destination.exists():
                 left.rename(destination)

@@ -23,7 +23,11 @@ from triptych.compiler.model import EntryPoint, Model
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call: the module whose forward made it, and what it was given ([B, H, S, D] tensors)."""
+    """One call: the module whose forward made it, and what it was given ([B, H, S, D] tensors).
+
+    `opaque` marks a call of ``multi_head_attention_forward``, inside which the attention cannot be reached; its
+    tensors are what that function takes.
+    """
 
     owner: str
     entry_point: str
@@ -33,6 +37,7 @@ class AttentionCall:
     masked: bool
     causal: bool
     dropout: bool
+    opaque: bool = False
 
 
 class _AttentionWatch(TorchFunctionMode):
@@ -47,6 +52,12 @@ class _AttentionWatch(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             self._record(*args, **(kwargs or {}))
+        elif func is F.multi_head_attention_forward:
+            query, key, value = args[:3]
+            owner = self.running[-1] if self.running else ""
+            self.calls.append(
+                AttentionCall(owner, self._entry_point, query, key, value, False, False, False, opaque=True)
+            )
         return func(*args, **(kwargs or {}))
 
     def _record(
@@ -69,7 +80,10 @@ class _AttentionWatch(TorchFunctionMode):
 
 @contextmanager
 def recorded_attention(module: nn.Module, entry_point: str = "") -> Iterator[list[AttentionCall]]:
-    """Record the attention calls made inside, each with the innermost child of `module` then running."""
+    """Record the attention calls made inside, each with the innermost child of `module` then running.
+
+    State that `module` keeps in buffers is put back at the end.
+    """
     watch = _AttentionWatch(entry_point)
 
     def left(*_: object) -> None:
@@ -79,12 +93,15 @@ def recorded_attention(module: nn.Module, entry_point: str = "") -> Iterator[lis
     for name, child in module.named_modules():
         handles.append(child.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name)))
         handles.append(child.register_forward_hook(left, always_call=True))
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with watch:
             yield watch.calls
     finally:
         for handle in handles:
             handle.remove()
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def attention_calls(model: Model, entries: Iterable[EntryPoint]) -> list[AttentionCall]:

@@ -56,6 +56,8 @@ def mutated_buffers(exported: ExportedProgram) -> frozenset[str]:
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in bound:
             origin[node] = bound[node.name]
+        elif node.target is operator.getitem and node.args[0] in origin:
+            origin[node] = origin[node.args[0]]
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             schema = node.target._schema
             for position, argument in enumerate(schema.arguments):
@@ -153,6 +155,9 @@ class GraphEditor:
         self.graph_module = copy_graph_module(exported)
         self.graph = self.graph_module.graph
         self.fake_mode = _fake_mode(self.graph)
+        if self.fake_mode.shape_env is not None:
+            # Another lowering of the same program may have left symbols behind in the environment they share.
+            self.fake_mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
     def calls(self, *targets: Callable[..., Any]) -> Iterator[Node]:
         """Yield the nodes that call one of `targets`, in order; safe while editing."""

@@ -49,7 +49,7 @@ class EntryPoint:
 
         def resolve(dim: int | DynamicDim) -> int | DynamicDim:
             if isinstance(dim, DynamicDim) and dim.maximum == CONTEXT:
-                return dataclasses.replace(dim, maximum=max_context)
+                return max_context if dim.minimum == max_context else dataclasses.replace(dim, maximum=max_context)
             return dim
 
         inputs = tuple(
@@ -98,11 +98,14 @@ class EagerOutputs:
     """What the user's model gives for one whole sequence.
 
     `logits` is [S, V]; `image_embeds` one [T, D] an image; `token_embeds` [S, D] of the text embedding alone.
+    `state` gives the final values of state rows of the model's own, by name; KV caches need no entry, their
+    keys and values are read off the attention calls.
     """
 
     logits: Tensor
     image_embeds: tuple[Tensor, ...]
     token_embeds: Tensor
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 EagerForward = Callable[[nn.Module, Tensor, tuple[Tensor, ...]], EagerOutputs]

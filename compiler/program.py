@@ -23,6 +23,7 @@ from triptych.compiler.model import Metadata
 from triptych.compiler.roles import Role
 from triptych.errors import VerificationError
 from triptych.manifest import TensorSignature
+from triptych.modules.routing import HANDLER_NAME
 
 KV_LAYOUT: Final = "BSHD"
 
@@ -41,7 +42,7 @@ class Method:
 class StateRow:
     """One mutable buffer, shared by every method that names it.
 
-    `initial` is its value before the first call. `layout` names the axes ("BSHD" for KV rows of rank 4, else
+    `initial` is its value before the first call. `layout` names the axes ("BSHD" for rows of a KV cache, else
     "any"). A method that writes without reading is a writer only.
     """
 
@@ -179,7 +180,7 @@ def _state_table(methods: Mapping[str, Method]) -> dict[str, StateRow]:
             row_name,
             tuple(first.shape),
             first.dtype,
-            KV_LAYOUT if first.dim() == 4 else "any",
+            KV_LAYOUT if HANDLER_NAME in row_name.split(".") else "any",
             first,
             tuple(name for name in users if _reads(methods[name].exported, row_name)),
             tuple(name for name in users if row_name in changed[name]),

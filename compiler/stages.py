@@ -13,6 +13,7 @@ from typing import Any
 
 from triptych.compiler import artifact, capture, manager, storage
 from triptych.compiler.artifact import Artifact
+from triptych.compiler.continuation import check_continuation
 from triptych.compiler.manager import PassResult
 from triptych.compiler.model import Model
 from triptych.compiler.pipeline import Pipeline, parse
@@ -96,10 +97,13 @@ class Captured:
     def lower(self, target: str | Target, **options: Any) -> Lowered:
         """Legalize and emit for a target, by name with its options or as an object.
 
-        Raises `RecipeError` for a recipe the target cannot lower and `LoweringError` where emission fails.
+        Raises `RecipeError` for a recipe the target cannot lower, `ModelError` where decode does not go on from
+        prefill, and `LoweringError` where emission fails.
         """
         chosen = find_target(target)(**options) if isinstance(target, str) else target
         chosen.check(self.recipe)
+        self.report("check that decode goes on from prefill")
+        check_continuation(self.program, quantized=not self.recipe.is_float)
         legalized = self.rewrite(chosen.pipeline())
         manifest = artifact.describe(
             legalized.program,

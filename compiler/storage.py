@@ -20,7 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._export.serde import schema
-from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass, serialize
+from torch._export.serde.serialize import (
+    ExportedProgramDeserializer,
+    SerializeError,
+    _dict_to_dataclass,
+    serialize,
+)
 from torch.export import ExportedProgram
 
 from triptych.compiler.editing import bound_tensor, tensor_names
@@ -30,6 +35,7 @@ from triptych.compiler.roles import Role
 from triptych.compiler.verifier import verify
 from triptych.errors import ArtifactError
 from triptych.manifest import ChatSettings, DynamicDim, ImageSettings, TensorSignature
+from triptych.modules import operators as _neutral_operators  # noqa: F401 (graphs name these operators)
 
 PROGRAM_FILE: Final = "program.json"
 STORAGES_FILE: Final = "storages.safetensors"
@@ -78,7 +84,7 @@ def load(folder: Path) -> Program:
         storages = load_file(folder / STORAGES_FILE)
         methods = {name: _method(folder, data, storages) for name, data in tables["methods"].items()}
         program = Program.build(methods, _metadata(tables["metadata"]))
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError, SerializeError) as error:
         raise ArtifactError(f"the program in {folder} is damaged: {type(error).__name__} {error}") from error
     verify(program)
     return program

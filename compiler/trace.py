@@ -92,13 +92,14 @@ def reference(model: Model, trace: CallTrace) -> TraceOutputs:
     """
     if model.eager is None:
         raise ModelError("the model description has no eager reference; give Model(eager=…) to compare with")
-    was_training = model.module.training
+    in_training = [module for module in model.module.modules() if module.training]
     model.module.eval()
     try:
-        with recorded_attention(model.module) as calls:
+        with torch.no_grad(), recorded_attention(model.module) as calls:
             eager = model.eager(model.module, trace.tokens, trace.pixel_values)
     finally:
-        model.module.train(was_training)
+        for module in in_training:
+            module.training = True
     outputs: dict[str, Tensor] = {}
     for index, embeds in enumerate(eager.image_embeds):
         outputs[f"encode image {index}"] = embeds
@@ -112,7 +113,7 @@ def reference(model: Model, trace: CallTrace) -> TraceOutputs:
             for _ in range(step.count):
                 position += 1
                 outputs[f"decode@{position}"] = eager.logits[position - 1]
-    state = {}
+    state = dict(eager.state)
     for call in calls:
         if call.query.shape[2] == len(trace.tokens):
             prefix = f"{call.owner}.{HANDLER_NAME}" if call.owner else HANDLER_NAME
@@ -154,7 +155,11 @@ def replay(runner: Runs, trace: CallTrace, methods: Mapping[str, str]) -> TraceO
                 logits = runner.run(methods["decode"], tokens=token.reshape(1, 1), start_pos=start)["logits"]
                 position += 1
                 outputs[f"decode@{position}"] = _last_row(logits)
-    return TraceOutputs(outputs, {name: row[:, :position].clone() for name, row in runner.state.items()})
+    state = {
+        name: (row[:, :position] if HANDLER_NAME in name.split(".") else row).clone()
+        for name, row in runner.state.items()
+    }
+    return TraceOutputs(outputs, state)
 
 
 def _last_row(logits: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class LastTokenLogits(GraphPass):
 
     def rewrite(self, editor: GraphEditor, method: Method, log: MatchLog) -> None:
         """Slice before the projection, drop the sequence axis after it."""
-        if not any(role.kind in ("prefill", "decode") for role in method.roles):
+        kinds = {role.kind for role in method.roles}
+        if not kinds & {"prefill", "decode"} or "score" in kinds:
             return
         index = next((i for i, port in enumerate(method.outputs) if port.name == "logits"), None)
         if index is None:
@@ -60,11 +61,16 @@ class LastTokenLogits(GraphPass):
 def _movable(logits: Node, length: torch.SymInt) -> set[Node]:
     """Nodes that treat positions alike and whose every use leads to the logits alone."""
     movable: set[Node] = set()
+    output = logits.graph.output_node()
+    values = output.args[0]
+    assert isinstance(values, (tuple, list))
     for node in reversed(list(logits.graph.nodes)):
-        serves_logits_only = node is logits or (bool(node.users) and all(user in movable for user in node.users))
+        is_the_result = node is logits and list(node.users) == [output] and list(values).count(node) == 1
+        serves_logits_only = is_the_result or (bool(node.users) and all(user in movable for user in node.users))
         if serves_logits_only and _treats_positions_alike(node, length):
             movable.add(node)
-    return movable
+    # A part moves only with the whole it is taken from; otherwise the part is what gets sliced.
+    return {node for node in movable if node.target is not operator.getitem or node.args[0] in movable}
 
 
 def _treats_positions_alike(node: Node, length: torch.SymInt) -> bool:

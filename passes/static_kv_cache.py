@@ -41,35 +41,48 @@ class StaticKVCachePass(SourceTransform):
         if not 1 <= slots <= limit:
             raise PipelineError(f"static-kv-cache: max is {slots}, the model allows 1 to {limit} positions")
         model = dataclasses.replace(model, metadata=dataclasses.replace(model.metadata, max_context=slots))
-        calls = attention_calls(model, model.entry_points_with("prefill", "decode", "score"))
-        prefill = {entry.name for entry in model.entry_points_with("prefill")}
+        entries = model.entry_points_with("prefill", "decode", "score")
+        calls = attention_calls(model, entries)
+        refusals = []
         for owner in dict.fromkeys(call.owner for call in calls):
-            own = [call for call in calls if call.owner == owner and call.entry_point in prefill]
-            reason = _refusal(own)
+            own = [call for call in calls if call.owner == owner]
+            reason = next(filter(None, (_refusal(own, entry.name) for entry in entries)), None)
             if reason is not None:
+                refusals.append(f"{owner or 'the model itself'} {reason}")
                 log.refused(owner, reason)
                 continue
-            (call,) = own
-            cache = StaticKVCache(
-                slots, call.key.shape[1], call.key.shape[3], call.value.shape[3], dtype=call.key.dtype
-            )
+            call = own[0]
+            cache = StaticKVCache(slots, call.key.shape[1], call.key.shape[3], call.value.shape[3], call.key.dtype)
             route_attention(model.module.get_submodule(owner), CachedAttention(cache))
             log.matched(owner)
+        if refusals and log.matches:
+            raise PipelineError(
+                f"static-kv-cache: a decoder is cached whole or not at all, and {refusals[0]}; "
+                "describe the model otherwise or leave the pass out"
+            )
         return model
 
 
-def _refusal(calls: list[AttentionCall]) -> str | None:
-    if len(calls) != 1:
-        return f"makes {len(calls)} attention calls in one prefill; one can be cached"
-    (call,) = calls
+def _refusal(calls: list[AttentionCall], entry_point: str) -> str | None:
+    """Say why the calls that one module makes in one entry point cannot be cached, or None."""
+    own = [call for call in calls if call.entry_point == entry_point]
+    if len(own) != 1:
+        return f"makes {len(own)} attention calls in one {entry_point}; exactly one can be cached"
+    (call,) = own
+    if call.owner == "":
+        return "calls attention outside the forward of any module; move it into one"
+    if call.opaque:
+        return "attends inside torch's multi_head_attention_forward, which hides the call; spell the attention out"
     if call.masked:
         return "passes an explicit mask; only plain causal attention can be cached"
     if call.dropout:
         return "uses dropout; put the model in evaluation mode"
-    if not call.causal:
+    if not call.causal and call.query.shape[2] > 1:
         return "is not causal (is_causal=False)"
     if call.query.shape[0] != 1:
         return f"runs on batch size {call.query.shape[0]}; the cache is for batch size 1"
     if call.query.shape[2] != call.key.shape[2]:
         return "attends to keys of another length than its queries (cross-attention)"
+    if (call.key.shape[1], call.key.shape[3]) != (calls[0].key.shape[1], calls[0].key.shape[3]):
+        return "has other heads in one entry point than in another"
     return None

@@ -50,8 +50,14 @@ def _round_scales(module: nn.Module) -> None:
 def _config(form: LinearFormat | EmbeddingFormat) -> object:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerAxis, PerGroup
+    from torchao.quantization.quant_primitives import MappingType
 
     dtype = getattr(torch, f"int{form.weight_bits}")
     if isinstance(form, LinearFormat):
-        return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=PerGroup(form.group_size))
+        return Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=dtype,
+            weight_granularity=PerGroup(form.group_size),
+            # The plain symmetric mapping clips the largest positive weight of every group.
+            weight_mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR,
+        )
     return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=PerAxis(0))

@@ -69,7 +69,7 @@ def read_pte(path: Path) -> PteFile:
         raise ArtifactError(f"{path} is no ExecuTorch program: its identifier is {data[4:8]!r}, expected b'ET12'")
     try:
         file = deserialize_pte_binary(data)
-    except (ValueError, AssertionError, IndexError, KeyError, RuntimeError) as error:
+    except Exception as error:
         raise ArtifactError(f"{path} is damaged: {type(error).__name__} {error}; export the model again") from error
     named = file.named_data
     weights = {key: len(named.buffers[entry.buffer_index]) for key, entry in named.pte_data.items()} if named else {}

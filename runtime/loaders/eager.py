@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._export.serde import schema
-from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
+from torch._export.serde.serialize import ExportedProgramDeserializer, SerializeError, _dict_to_dataclass
 
 from triptych.errors import ArtifactError, RunError
 from triptych.manifest import Manifest, ProgramFile
@@ -42,7 +42,7 @@ class EagerRunner(MethodRunner):
             self._modules = {
                 name: _module(path.parent, tables["methods"][name], storages, tensors) for name in program.methods
             }
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError, SerializeError) as error:
             raise ArtifactError(f"{path} is damaged: {type(error).__name__} {error}; export the model again") from error
         self._state = {row.name: tensors[row.name] for row in rows if row.name in tensors}
         check_rows(self._state, rows, str(path))

@@ -15,6 +15,13 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Raises `ArtifactError` for anything else.
     """
+    try:
+        return _inspect(path)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ArtifactError(f"{path} is damaged: {type(error).__name__} {error}; export the model again") from error
+
+
+def _inspect(path: Path) -> dict[str, Any]:
     if (path / "program.json").is_file():
         return {"kind": "program", **_program(path)}
     if path.is_file():

@@ -216,7 +216,7 @@ class Manifest:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST_NAME}; make one with `triptych export`")
-        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+        return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), where=str(path))
 
     def check_files(self, folder: Path) -> None:
         """Compare every file's size and sha256 with the record; raises `ArtifactError` at the first difference."""

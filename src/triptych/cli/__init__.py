@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or 'input or output'}; check the path and the disk", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
