@@ -26,7 +26,7 @@ class AttentionCall:
     """One call: the module whose forward made it, and what it was given ([B, H, S, D] tensors).
 
     `opaque` marks a call of ``multi_head_attention_forward``, inside which the attention cannot be reached; its
-    tensors are what that function takes.
+    tensors are what that function takes. `outside` marks a call made in no module's forward.
     """
 
     owner: str
@@ -38,6 +38,7 @@ class AttentionCall:
     causal: bool
     dropout: bool
     opaque: bool = False
+    outside: bool = False
 
 
 class _AttentionWatch(TorchFunctionMode):
@@ -73,7 +74,15 @@ class _AttentionWatch(TorchFunctionMode):
         owner = self.running[-1] if self.running else ""
         self.calls.append(
             AttentionCall(
-                owner, self._entry_point, query, key, value, attn_mask is not None, is_causal, dropout_p != 0.0
+                owner,
+                self._entry_point,
+                query,
+                key,
+                value,
+                attn_mask is not None,
+                is_causal,
+                dropout_p != 0.0,
+                outside=not self.running,
             )
         )
 

@@ -120,6 +120,9 @@ def _step(text: str, match: re.Match[str]) -> Pass | None:
             if key in values:
                 raise _error(text, part.position, f"option {key!r} is given twice")
             values[key] = _value(text, part.position, pass_class, key, option["value"])
+    for field in dataclasses.fields(pass_class):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise _error(text, match.start("name"), f"{name} needs the option {field.name}: {name}{{{field.name}=…}}")
     return pass_class(**values)
 
 

@@ -74,7 +74,14 @@ def resolve(
             f"the {kind} {name!r} is built in and also claimed by {owner(third_party[name])}; uninstall that one"
         )
     if name in third_party:
-        return third_party[name].load()
+        point = third_party[name]
+        try:
+            found = point.load()
+        except (ImportError, AttributeError) as failure:
+            raise UsageError(f"the {kind} {name!r} of {owner(point)} does not import: {failure}") from failure
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise UsageError(f"{owner(point)} claims to be the {kind} {name!r} and is no {base.__name__} class")
+        return found
     if name not in built_in:
         known = ", ".join(sorted({*built_in, *third_party}))
         raise error(f"no {kind} is called {name!r}; known: {known}")

@@ -16,16 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._export.serde import schema
-from torch._export.serde.serialize import (
-    ExportedProgramDeserializer,
-    SerializeError,
-    _dict_to_dataclass,
-    serialize,
-)
+from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass, serialize
 from torch.export import ExportedProgram
 
 from triptych.compiler.editing import bound_tensor, tensor_names
@@ -78,16 +72,21 @@ def load(folder: Path) -> Program:
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no program: it has no {PROGRAM_FILE}")
     try:
-        tables = json.loads(path.read_text(encoding="utf-8"))
-        if tables.get("format") != FORMAT or tables.get("version") != FORMAT_VERSION:
-            raise ArtifactError(f"{path} is no program of format version {FORMAT_VERSION}")
+        tables = dict(json.loads(path.read_text(encoding="utf-8")))
+        _check_format(tables)
         storages = load_file(folder / STORAGES_FILE)
         methods = {name: _method(folder, data, storages) for name, data in tables["methods"].items()}
         program = Program.build(methods, _metadata(tables["metadata"]))
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError, SerializeError) as error:
+    except Exception as error:  # whatever damaged bytes lead torch and safetensors to raise
         raise ArtifactError(f"the program in {folder} is damaged: {type(error).__name__} {error}") from error
     verify(program)
     return program
+
+
+def _check_format(tables: Mapping[str, Any]) -> None:
+    found = tables["format"], tables["version"]
+    if found != (FORMAT, FORMAT_VERSION):
+        raise ArtifactError(f"it has format {found[0]} {found[1]}, expected {FORMAT} {FORMAT_VERSION}")
 
 
 def _graph_file(name: str) -> str:

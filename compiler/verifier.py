@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from triptych.compiler.capture import user_input_values
+from triptych.compiler.capture import output_signatures, user_input_values
 from triptych.compiler.program import Method, Program, storage_identity
 from triptych.errors import VerificationError
 from triptych.manifest import Dim, DynamicDim, TensorSignature
@@ -44,6 +44,16 @@ def _method_problems(program: Program) -> Iterator[str]:
             continue
         for port in method.inputs:
             yield from _port_problems(f"{name}.{port.name}", port, values[port.name])
+        for port, found in zip(method.outputs, _outputs_of(method), strict=False):
+            where = f"{name}.{port.name}"
+            if port.dtype != found.dtype:
+                yield f"{where} is {found.dtype} in the graph and {port.dtype} in its signature"
+            if port.shape != found.shape:
+                yield f"{where} has shape {list(found.shape)} in the graph and {list(port.shape)} in its signature"
+
+
+def _outputs_of(method: Method) -> tuple[TensorSignature, ...]:
+    return output_signatures(method.exported, method.outputs, method.inputs)
 
 
 def _invalid(exported: ExportedProgram) -> str | None:

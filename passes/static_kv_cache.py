@@ -69,7 +69,7 @@ def _refusal(calls: list[AttentionCall], entry_point: str) -> str | None:
     if len(own) != 1:
         return f"makes {len(own)} attention calls in one {entry_point}; exactly one can be cached"
     (call,) = own
-    if call.owner == "":
+    if call.outside:
         return "calls attention outside the forward of any module; move it into one"
     if call.opaque:
         return "attends inside torch's multi_head_attention_forward, which hides the call; spell the attention out"

@@ -153,15 +153,24 @@ def smollm2_cut_xnnpack(smollm2_cut: Path, export_once: Callable[..., Path]) -> 
     return export_once(smollm2_cut, "xnnpack", "fp32", SMOLLM2_CONTEXT)
 
 
-@pytest.fixture(autouse=True)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before the fixtures of a test run."""
+    _no_torch_trace()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Before the test runs."""
+    _no_torch_trace()
+
+
 def _no_torch_trace() -> None:
     """Keep torch from writing a structured trace of every capture, which makes captures ten times as slow.
 
     It writes one where its trace logger has a handler, and pytest hands its own to loggers that do not propagate.
-    Torch sets that logger up again now and then, so this is done before every test.
+    Torch sets that logger up anew now and then, so once is not enough.
     """
-    import torch  # noqa: F401 (sets the logger up)
-
     trace = logging.getLogger("torch.__trace")
     trace.handlers.clear()
     trace.propagate = True

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from triptych.compiler.adapters.hugging_face_assets import Assets, read_assets
@@ -44,11 +45,26 @@ def load(folder: Path, *, max_context: int | None = None) -> Model:
             if type(config) in transformers.AutoModelForImageTextToText._model_mapping
             else transformers.AutoModelForCausalLM
         )
-        module = auto_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        with _no_progress_bar():
+            module = auto_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the checkpoint in {folder} does not load: {reason}") from error
     return describe(module.eval(), read_assets(folder, config), max_context=max_context, name=folder.name)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading is one stage of ours; the library's own bar would break into it."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def describe(module: Any, assets: Assets, *, max_context: int | None = None, name: str = "") -> Model:
@@ -60,6 +76,9 @@ def describe(module: Any, assets: Assets, *, max_context: int | None = None, nam
     config = module.config
     context, limit = context_of(config, max_context)
     width = int(module.get_input_embeddings().weight.shape[1])
+    image = assets.image_settings(_image_tokens(module, assets))
+    if image is not None and image.tokens >= context:
+        raise ModelError(f"max context is {context}; one image alone takes {image.tokens} positions, so give more")
     entry_points = (*_encoders(assets), *_text_entry_points(width, has_image=assets.pixel_shape is not None))
     return Model(
         module=module,
@@ -70,7 +89,7 @@ def describe(module: Any, assets: Assets, *, max_context: int | None = None, nam
             vocab_size=int(module.get_output_embeddings().weight.shape[0]),
             bos_id=assets.bos_id,
             eos_ids=assets.eos_ids or _ids(module.generation_config.eos_token_id),
-            image=assets.image_settings(_image_tokens(module, assets)),
+            image=image,
             chat=assets.chat,
             components=_components(module, has_image=assets.pixel_shape is not None),
             provenance={"model": name, "model_type": str(config.model_type)},

@@ -37,10 +37,10 @@ def test_an_eager_artifact(triptych: Command, demo_eager: Path) -> None:
 
 def test_an_eager_artifacts_weights_stand_once_with_users_and_aliases(triptych: Command, demo_eager: Path) -> None:
     weights = inspected(triptych, demo_eager)["weights"]
-    assert len({weight["key"] for weight in weights}) == len(weights)
+    assert len({weight["name"] for weight in weights}) == len(weights)
     (tied,) = [weight for weight in weights if set(weight["users"]) == {"decode", "prefill", "token_embedding"}]
     assert tied["bytes"] == 435 * 128 * 4
-    names = {tied["key"], *tied["aliases"]}
+    names = {tied["name"], *tied["aliases"]}
     assert any(name.endswith("lm_head.weight") for name in names), names
     assert any(name.endswith("embed_tokens.weight") for name in names), names
     assert by_users(weights, "prefill", "decode") > by_users(weights, "vision_encoder") > 0
@@ -65,7 +65,7 @@ def test_a_pte_artifact(triptych: Command, demo_xnnpack: Path) -> None:
 def test_a_pte_file_alone_says_what_the_artifact_says(triptych: Command, demo_xnnpack: Path) -> None:
     alone, whole = inspected(triptych, demo_xnnpack / "model.pte"), inspected(triptych, demo_xnnpack)
     assert alone["kind"] == "pte"
-    assert alone["weights"] == whole["weights"]
+    assert alone["stored"] == whole["stored"]
     assert {row["name"]: row["offset"] for row in alone["state"]} == {
         row["name"]: row["offset"] for row in whole["state"]
     }
@@ -78,7 +78,7 @@ def test_a_saved_program(triptych: Command, tmp_path: Path) -> None:
     content = inspected(triptych, tmp_path / "program")
     assert content["kind"] == "program"
     assert len(content["state"]) == 4
-    assert {weight["key"]: weight["bytes"] for weight in content["weights"]}["norm.weight"] == 32 * 4
+    assert {weight["name"]: weight["bytes"] for weight in content["weights"]}["norm.weight"] == 32 * 4
 
 
 def test_the_text_form_names_what_the_json_names(triptych: Command, demo_eager: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_text_form_names_what_the_json_names(triptych: Command, demo_eager: 
     for name in [*content["methods"], *(row["name"] for row in content["state"])]:
         assert name in outcome.out
     for weight in content["weights"]:
-        assert weight["key"] in outcome.out
+        assert weight["name"] in outcome.out
     assert all(name in outcome.out for name in Manifest.load(demo_eager).files)
 
 

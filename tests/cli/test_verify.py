@@ -35,7 +35,7 @@ def test_the_checkpoint_it_was_made_from_is_parity(triptych: Command, demo_eager
 def test_one_scaled_layer_of_the_decoder_is_exit_3(
     triptych: Command, demo_eager: Path, demo_checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
-    other = scaled(demo_checkpoint, tmp_path / "model", f"language_model.{name}", 1.5)
+    other = scaled(demo_checkpoint, tmp_path / "model", f"language_model.model.{name}", 1.5)
     outcome = triptych("verify", demo_eager, "--against", other, "--tokens", 2)
     assert outcome.code == 3
     assert outcome.out.splitlines()[-1] == "NO parity"

@@ -62,7 +62,7 @@ def run(  # noqa: PLR0917 (click passes options by name)
         )
     if as_json:
         data = {
-            "text": result.text,
+            "text": result.text.lstrip(),
             "tokens": list(result.tokens),
             "finish_reason": result.finish_reason,
             "prompt_tokens": result.prompt_tokens,
