@@ -43,7 +43,7 @@ contracts: $(INSTALLED)
 	"$(BIN)/lint-imports" --no-logo
 
 unit: $(INSTALLED)
-	"$(BIN)/python" -m pytest -m "not real" --durations=10
+	"$(BIN)/python" -m pytest -m "not real" --numprocesses 2 --durations=10
 
 test-real: $(INSTALLED)  ## Tests on whole real checkpoints, fetched by exact version and sha256
 	"$(BIN)/python" -m pytest -m real --numprocesses 2 --dist loadgroup --durations=10

@@ -19,14 +19,14 @@ from torch.utils.hooks import RemovableHandle
 
 from triptych.compiler.capture import bound_forward
 from triptych.compiler.model import EntryPoint, Model
+from triptych.modules.routing import enter_multi_head_attention
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """One call: the module whose forward made it, and what it was given ([B, H, S, D] tensors).
 
-    `opaque` marks a call of ``multi_head_attention_forward``, inside which the attention cannot be reached; its
-    tensors are what that function takes. `outside` marks a call made in no module's forward.
+    `outside` marks a call made in no module's forward.
     """
 
     owner: str
@@ -37,7 +37,6 @@ class AttentionCall:
     masked: bool
     causal: bool
     dropout: bool
-    opaque: bool = False
     outside: bool = False
 
 
@@ -54,11 +53,7 @@ class _AttentionWatch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self._record(*args, **(kwargs or {}))
         elif func is F.multi_head_attention_forward:
-            query, key, value = args[:3]
-            owner = self.running[-1] if self.running else ""
-            self.calls.append(
-                AttentionCall(owner, self._entry_point, query, key, value, False, False, False, opaque=True)
-            )
+            return enter_multi_head_attention(self, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def _record(

@@ -238,8 +238,11 @@ class GraphEditor:
                 if not _same_value(before, node.meta["val"]):
                     dirty.add(node)
 
-    def inline(self, node: Node, function: Callable[..., Any]) -> None:
-        """Replace `node` by the traced body of `function`, which takes `node`'s arguments and gives its results."""
+    def inline(self, node: Node, function: Callable[..., Any], *, decompose: bool = False) -> None:
+        """Replace `node` by the traced body of `function`, which takes `node`'s arguments and gives its results.
+
+        With `decompose` composite operators inside, and `function` itself where it is one, are taken apart.
+        """
         slots = [index for index, value in enumerate(node.args) if isinstance(value, Node)]
         tensors = [node.args[index] for index in slots]
 
@@ -250,7 +253,7 @@ class GraphEditor:
             return function(*arguments, **node.kwargs)
 
         with self.fake_mode:
-            traced = make_fx(body, pre_dispatch=True)(*(used.meta["val"] for used in tensors))  # type: ignore[union-attr]
+            traced = make_fx(body, pre_dispatch=not decompose)(*(used.meta["val"] for used in tensors))  # type: ignore[union-attr]
         traced.graph.eliminate_dead_code()
         mapping: dict[Node, Any] = {}
         placeholders = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]

@@ -17,6 +17,22 @@ from torch.overrides import TorchFunctionMode
 HANDLER_NAME: Final = "routed_attention"
 
 
+def enter_multi_head_attention(mode: TorchFunctionMode, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run the body of ``multi_head_attention_forward`` under `mode`.
+
+    The function hands itself whole to an active mode, and would do so again; for the time of this call it is told
+    that nobody is there, so that the ``scaled_dot_product_attention`` inside it reaches `mode`.
+    """
+    functional: Any = F
+    asks_first = functional.has_torch_function
+    functional.has_torch_function = lambda _: False
+    try:
+        with mode:
+            return F.multi_head_attention_forward(*args, **kwargs)
+    finally:
+        functional.has_torch_function = asks_first
+
+
 class _AttentionRoute(TorchFunctionMode):
     def __init__(self, handler: nn.Module) -> None:
         super().__init__()
@@ -27,6 +43,8 @@ class _AttentionRoute(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             return self._handler(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return enter_multi_head_attention(self, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 

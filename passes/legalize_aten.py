@@ -38,7 +38,7 @@ class LegalizeAten(GraphPass):
             if target in REFERENCE_KERNELS:
                 editor.inline(node, REFERENCE_KERNELS[target])
             elif target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
-                editor.inline(node, target.decompose)
+                editor.inline(node, target, decompose=True)
             else:
                 log.refused(str(target), "has no composite kernel whose body could be inlined")
                 continue

@@ -71,8 +71,6 @@ def _refusal(calls: list[AttentionCall], entry_point: str) -> str | None:
     (call,) = own
     if call.outside:
         return "calls attention outside the forward of any module; move it into one"
-    if call.opaque:
-        return "attends inside torch's multi_head_attention_forward, which hides the call; spell the attention out"
     if call.masked:
         return "passes an explicit mask; only plain causal attention can be cached"
     if call.dropout:

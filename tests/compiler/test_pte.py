@@ -83,7 +83,7 @@ def test_the_embedded_model_stores_each_weight_once(demo_xnnpack: Path, demo_mod
 
 
 def test_portable_kernels_store_each_weight_once(demo_portable: Path, demo_model: Model) -> None:
-    # The tied table is there for the lookup, and transposed for the projection.
+    """The tied table lies there twice: transposed for the projection, and as rows to look up."""
     table = demo_model.module.get_input_embeddings().weight.nbytes  # type: ignore[operator]
     assert stored(read_pte(demo_portable / "model.pte")) <= 1.02 * (unique_bytes(demo_model) + table)
 
