@@ -141,7 +141,9 @@ def test_a_folder_in_the_way_is_refused_before_the_model_is_loaded(
 
 def _interrupted(checkpoint: Path, out: Path, target: str, stage: str) -> tuple[int, str]:
     """Send Ctrl-C when the stage before `stage` is done; return exit code and standard error."""
-    command = [sys.executable, "-c", "from triptych.cli import main; main()", "export"]
+    # A shell that runs the tests in the background hands down an ignored SIGINT; a user's terminal does not.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listen}; from triptych.cli import main; main()", "export"]
     options = [str(checkpoint), "--out", str(out), "--target", target, "--max-context", "64"]
     heard = ""
     process: Any = subprocess.Popen(
