@@ -43,7 +43,7 @@ def test_run_answers_rome(xnnpack_artifact: Path) -> None:
 
 def test_parity_over_64_tokens_on_xnnpack(xnnpack_artifact: Path, model: Model) -> None:
     report = verify(xnnpack_artifact, model, tokens=64)
-    # A guard against garbage only: round-to-nearest 4-bit of a checkpoint that was 4-bit in another form costs 0.7 nats.
+    # A guard against garbage only: rounding weights that were 4-bit in another form costs 0.7 nats.
     assert report.kl_fp32 < (1e-6 if report.recipe == "fp32" else 1.5)
     assert {trace.trace for trace in report.traces} >= {f"text, prompt of {length}" for length in (1, 17, 300)}
     failed = {trace.trace: (*trace.failures[:3], *trace.unseen) for trace in report.traces if not trace.passed}
