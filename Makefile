@@ -46,7 +46,7 @@ unit: $(INSTALLED)
 	"$(BIN)/python" -m pytest -m "not real" --numprocesses 2 --durations=10
 
 test-real: $(INSTALLED)  ## Tests on whole real checkpoints, fetched by exact version and sha256
-	"$(BIN)/python" -m pytest -m real --numprocesses 2 --dist loadgroup --durations=10
+	"$(BIN)/python" -m pytest -m real --numprocesses 2 --dist loadfile --durations=10
 
 format: $(INSTALLED)  ## Rewrite the sources in the project's format
 	"$(BIN)/ruff" check --fix-only .
