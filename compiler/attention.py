@@ -86,7 +86,7 @@ class _AttentionWatch(TorchFunctionMode):
 def recorded_attention(module: nn.Module, entry_point: str = "") -> Iterator[list[AttentionCall]]:
     """Record the attention calls made inside, each with the innermost child of `module` then running.
 
-    State that `module` keeps in buffers is put back at the end.
+    State that `module` keeps in buffers is written in copies, which are gone at the end.
     """
     watch = _AttentionWatch(entry_point)
 
@@ -97,15 +97,18 @@ def recorded_attention(module: nn.Module, entry_point: str = "") -> Iterator[lis
     for name, child in module.named_modules():
         handles.append(child.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name)))
         handles.append(child.register_forward_hook(left, always_call=True))
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    own = [(child, name, buffer) for child in module.modules() for name, buffer in child.named_buffers(recurse=False)]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in own}
+    for child, name, buffer in own:
+        child._buffers[name] = copies[id(buffer)]
     try:
         with watch:
             yield watch.calls
     finally:
         for handle in handles:
             handle.remove()
-        for buffer, value in before:
-            buffer.copy_(value)
+        for child, name, buffer in own:
+            child._buffers[name] = buffer
 
 
 def attention_calls(model: Model, entries: Iterable[EntryPoint]) -> list[AttentionCall]:

@@ -7,6 +7,7 @@ from it, with a signature that fits; authors touch no signature.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,14 +16,28 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
+from triptych.compiler.fingerprint import graph_key
+from triptych.compiler.provenance import CAPTURE, MADE_BY
 from triptych.errors import VerificationError
 
 STATE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """Return a number that two tensors share exactly where they share their storage."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def bound_tensor(exported: ExportedProgram, name: str) -> Tensor:
@@ -101,24 +116,32 @@ def tidied(exported: ExportedProgram) -> ExportedProgram:
     3. Tensors are detached, sharing their storage: no target lowers a mutation beside a gradient.
     """
     graph_module = copy_graph_module(exported)
-    bound = bound_names(exported)
     for node in list(graph_module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph_module.graph.erase_node(node)
+    state = {name: _detached(value) for name, value in exported.state_dict.items()}
+    return _with_used_tensors(exported, graph_module, exported.graph_signature, state)
+
+
+def _with_used_tensors(
+    exported: ExportedProgram, graph_module: GraphModule, signature: ExportGraphSignature, state: dict[str, Any]
+) -> ExportedProgram:
+    """Rebuild with the tensors that nodes use, and with the other names of these tensors."""
+    bound = {spec.arg.name for spec in signature.input_specs if spec.kind in STATE_KINDS}
     for node in list(graph_module.graph.nodes):
         if node.op == "placeholder" and node.name in bound and not node.users:
             graph_module.graph.erase_node(node)
     names = {node.name for node in graph_module.graph.nodes}
-    kept = [spec for spec in exported.graph_signature.input_specs if spec.arg.name in names]
-    used = {id(exported.state_dict[spec.target]) for spec in kept if spec.target in exported.state_dict}
+    kept = [spec for spec in signature.input_specs if spec.arg.name in names]
+    used = {storage_identity(state[spec.target]) for spec in kept if spec.target in state}
     targets = {spec.target for spec in kept}
-    targets |= {name for name, value in exported.state_dict.items() if id(value) in used}
+    targets |= {name for name, value in state.items() if storage_identity(value) in used}
     graph_module.recompile()
     return rebuild(
         exported,
         graph_module,
-        ExportGraphSignature(kept, list(exported.graph_signature.output_specs)),
-        {name: _detached(value) for name, value in exported.state_dict.items() if name in targets},
+        ExportGraphSignature(kept, list(signature.output_specs)),
+        {name: value for name, value in state.items() if name in targets},
         {name: value for name, value in exported.constants.items() if name in targets},
     )
 
@@ -147,17 +170,26 @@ def copy_graph_module(exported: ExportedProgram) -> GraphModule:
 
 
 class GraphEditor:
-    """A method's graph under change."""
+    """A method's graph under change. `made_by` names the pass at work; the nodes it adds will carry that name."""
 
-    def __init__(self, exported: ExportedProgram) -> None:
+    def __init__(self, exported: ExportedProgram, made_by: str = CAPTURE) -> None:
         self._exported = exported
+        self._made_by = made_by
         self._bound = bound_names(exported)
+        self._inputs = list(exported.graph_signature.input_specs)
+        self._state = dict(exported.state_dict)
         self.graph_module = copy_graph_module(exported)
+        self._given = set(self.graph_module.graph.nodes)
         self.graph = self.graph_module.graph
         self.fake_mode = _fake_mode(self.graph)
         if self.fake_mode.shape_env is not None:
             # Another lowering of the same program may have left symbols behind in the environment they share.
             self.fake_mode.shape_env.pending_fresh_unbacked_symbols.clear()
+
+    @property
+    def changed(self) -> bool:
+        """True where the graph differs from the one the editor was given."""
+        return graph_key(self.graph) != graph_key(self._exported.graph)
 
     def calls(self, *targets: Callable[..., Any]) -> Iterator[Node]:
         """Yield the nodes that call one of `targets`, in order; safe while editing."""
@@ -176,6 +208,33 @@ class GraphEditor:
     def tensor_name(self, node: Node) -> str | None:
         """Return the fully qualified name of the parameter or buffer that `node` stands for, or None."""
         return self._bound.get(node.name) if node.op == "placeholder" else None
+
+    def tensor(self, node: Node) -> Tensor:
+        """Return the value of the parameter, buffer or constant that `node` stands for; never change it in place.
+
+        Raises `VerificationError` for any other node.
+        """
+        name = self.tensor_name(node)
+        value = None if name is None else self._state.get(name, self._exported.constants.get(name))
+        if not isinstance(value, Tensor):
+            raise VerificationError(f"{node.name} stands for no parameter, buffer or constant")
+        return value
+
+    def add_weight(self, name: str, value: Tensor) -> Node:
+        """Add a parameter called `name` and return the node that stands for it.
+
+        A name that is taken gets a number; weights of equal storage stay one weight. The tensor that nodes no
+        longer use leaves the method by itself.
+        """
+        taken = {spec.target for spec in self._inputs} | set(self._state)
+        unique = next(one for one in (name, *(f"{name}_{n}" for n in itertools.count(1))) if one not in taken)
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.placeholder(f"p_{unique.replace('.', '_')}")
+        node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
+        self._bound[node.name] = unique
+        self._state[unique] = torch.nn.Parameter(value.detach(), requires_grad=False)
+        self._inputs.insert(0, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), unique))
+        return node
 
     @property
     def last_placeholder(self) -> Node:
@@ -269,19 +328,20 @@ class GraphEditor:
         self.graph.erase_node(node)
 
     def finish(self) -> ExportedProgram:
-        """Return the edited program: dead code gone, output names in the signature brought up to date."""
+        """Return the edited program: dead code and unused tensors gone, the signature brought up to date."""
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        self.graph_module.recompile()
+        for node in self.graph.nodes:
+            if node not in self._given:
+                node.meta[MADE_BY] = self._made_by
         values = self.graph.output_node().args[0]
         assert isinstance(values, (tuple, list))
-        old = self._exported.graph_signature
         outputs = [
             OutputSpec(spec.kind, type(spec.arg)(name=value.name), spec.target) if isinstance(value, Node) else spec
-            for spec, value in zip(old.output_specs, values, strict=True)
+            for spec, value in zip(self._exported.graph_signature.output_specs, values, strict=True)
         ]
-        inputs: list[InputSpec] = list(old.input_specs)
-        return rebuild(self._exported, self.graph_module, ExportGraphSignature(inputs, outputs))
+        signature = ExportGraphSignature(self._inputs, outputs)
+        return _with_used_tensors(self._exported, self.graph_module, signature, self._state)
 
 
 def _replace_results(node: Node, results: Any) -> None:

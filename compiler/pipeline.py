@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from triptych.compiler.pass_kinds import GraphPass, Pass, ProgramPass, SourceTransform
+from triptych.compiler.properties import Property
 from triptych.compiler.registry import find_pass
 from triptych.errors import PipelineError
 
@@ -25,16 +26,52 @@ _OPTION: Final = re.compile(r"\s*(?P<key>[a-z_][a-z0-9_]*)\s*=\s*(?P<value>[^,=\
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes before capture, whether capture stands in the pipeline, and passes after it."""
+    """Passes before capture, whether capture stands in the pipeline, and passes after it.
 
-    source: tuple[SourceTransform, ...]
-    captures: bool
-    program: tuple[GraphPass | ProgramPass, ...]
+    It may be a part of a longer one, so it is `checked` where it is whole.
+    """
+
+    source: tuple[SourceTransform, ...] = ()
+    captures: bool = False
+    program: tuple[GraphPass | ProgramPass, ...] = ()
+
+    def checked(self) -> Pipeline:
+        """Return the pipeline itself; raises `PipelineError` for an order that the passes' declarations forbid."""
+        _check_order(self.passes)
+        return self
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """All passes in order."""
+        return (*self.source, *self.program)
+
+    def __add__(self, other: Pipeline) -> Pipeline:
+        if self.captures and other.captures:
+            raise PipelineError(f"'{self},{other}' captures twice; one 'capture' is enough")
+        if self.captures and other.source:
+            raise PipelineError(f"{other.source[0].name} changes the module: put it before 'capture'")
+        return Pipeline(self.source + other.source, self.captures or other.captures, self.program + other.program)
 
     def __str__(self) -> str:
         steps = [format_pass(one) for one in self.source]
         steps += [CAPTURE] if self.captures else []
         return ",".join(steps + [format_pass(one) for one in self.program])
+
+
+PipelineLike = str | Pipeline | Pass | Sequence[Pass]
+"""What stands for a pipeline in the public functions: its text, a `Pipeline`, a pass, or passes in order."""
+
+
+def as_pipeline(pipeline: PipelineLike) -> Pipeline:
+    """Return `pipeline`, which may be a part of a longer one, as a `Pipeline`; its order is not checked.
+
+    Raises `PipelineError` for a text that cannot be read.
+    """
+    if isinstance(pipeline, Pipeline):
+        return pipeline
+    if isinstance(pipeline, str):
+        return _read(pipeline)
+    return build([pipeline] if isinstance(pipeline, Pass) else pipeline)
 
 
 def parse(text: str) -> Pipeline:
@@ -43,6 +80,10 @@ def parse(text: str) -> Pipeline:
     Raises `PipelineError` with the position of what it cannot read, an unknown pass or option, a wrong value,
     or passes in an order that their declarations forbid.
     """
+    return _read(text).checked()
+
+
+def _read(text: str) -> Pipeline:
     steps: list[Pass | None] = []
     position = 0
     while position < len(text) or position == 0:
@@ -79,13 +120,12 @@ def build(steps: Sequence[Pass | None], text: str = "") -> Pipeline:
         if not isinstance(one, (GraphPass, ProgramPass)):
             raise PipelineError(f"{one.name} changes the module: put it before 'capture'")
         program.append(one)
-    _check_order([*source, *program])
     return Pipeline(tuple(source), cut is not None, tuple(program))
 
 
 def _check_order(passes: Sequence[Pass]) -> None:
     names = [one.name for one in passes]
-    ensured: set[str] = set()
+    ensured: set[Property] = set()
     for index, one in enumerate(passes):
         for other in names[index + 1 :]:
             if other in one.after:
@@ -96,8 +136,8 @@ def _check_order(passes: Sequence[Pass]) -> None:
         missing = one.requires - ensured
         if missing:
             raise PipelineError(
-                f"{one.name} requires {', '.join(sorted(missing))}, which no earlier pass of the pipeline ensures; "
-                "put one that does before it"
+                f"{one.name} requires {', '.join(sorted(map(str, missing)))}, which no earlier pass of the pipeline "
+                "ensures; put one that does before it"
             )
         ensured |= one.ensures
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from triptych.compiler.editing import bound_names, bound_tensor, mutated_buffers, tensor_names
+from triptych.compiler.editing import bound_names, bound_tensor, mutated_buffers, storage_identity, tensor_names
 from triptych.compiler.model import Metadata
 from triptych.compiler.roles import Role
 from triptych.errors import VerificationError
@@ -111,15 +111,16 @@ class Program:
         """Return the program with other methods and tables derived from them."""
         return Program.build(methods, self.metadata)
 
-    def with_exported(self, name: str, exported: ExportedProgram) -> Program:
-        """Return the program with another graph for the method `name`."""
+    def with_exported(self, exported: Mapping[str, ExportedProgram]) -> Program:
+        """Return the program with other graphs for the methods named."""
         from triptych.compiler.capture import output_signatures
 
-        method = self.methods[name]
-        changed = dataclasses.replace(
-            method, exported=exported, outputs=output_signatures(exported, method.outputs, method.inputs)
-        )
-        return self.with_methods({**self.methods, name: changed})
+        changed = dict(self.methods)
+        for name, graph in exported.items():
+            method = self.methods[name]
+            outputs = output_signatures(graph, method.outputs, method.inputs)
+            changed[name] = dataclasses.replace(method, exported=graph, outputs=outputs)
+        return self.with_methods(changed)
 
     def methods_with(self, kind: str) -> Iterator[tuple[str, Method]]:
         """Yield the methods that have a role of `kind`."""
@@ -152,11 +153,6 @@ class Program:
                             f"method:{producer}", f"method:{name}", kind="feeds", output=output, input=port.name
                         )
         return graph
-
-
-def storage_identity(tensor: Tensor) -> int:
-    """Return a number that two tensors share exactly where they share their storage."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _state_table(methods: Mapping[str, Method]) -> dict[str, StateRow]:

@@ -14,10 +14,11 @@ from typing import Any
 from triptych.compiler import artifact, capture, manager, storage
 from triptych.compiler.artifact import Artifact
 from triptych.compiler.continuation import check_continuation
-from triptych.compiler.manager import PassResult
+from triptych.compiler.manager import Instrument, PassResult
 from triptych.compiler.model import Model
-from triptych.compiler.pipeline import Pipeline, parse
+from triptych.compiler.pipeline import Pipeline, PipelineLike, as_pipeline
 from triptych.compiler.program import Program
+from triptych.compiler.properties import QUANTIZED
 from triptych.compiler.quantize.recipes import FP32, Recipe, check, find_recipe
 from triptych.compiler.targets.base import Emission, Target, find_target
 from triptych.compiler.verifier import verify
@@ -33,27 +34,31 @@ def silent(stage: str) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A described model before capture. `results` tell what each pass did; `report` hears stage names."""
+    """A described model before capture.
+
+    `pipeline` is what was done so far and `results` tells what each pass did; `report` hears stage names and
+    `instruments` watch the passes.
+    """
 
     model: Model
-    recipe: Recipe = FP32
-    steps: tuple[str, ...] = ()
+    pipeline: Pipeline = field(default_factory=Pipeline)
     results: tuple[PassResult, ...] = ()
     report: Report = field(default=silent, compare=False)
+    instruments: tuple[Instrument, ...] = field(default=(), compare=False)
 
-    def transform(self, pipeline: str) -> Source:
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the passes so far have carried out."""
+        return recipe_of(self.pipeline)
+
+    def transform(self, pipeline: PipelineLike) -> Source:
         """Run source transforms, such as ``static-kv-cache{max=512},swap-sdpa``; raises `PipelineError`."""
-        parsed = _parsed((*self.steps, pipeline))
-        if parsed.captures or parsed.program:
-            raise PipelineError(f"{pipeline!r} goes beyond capture; call capture() and rewrite() for the rest")
-        passes = parse(pipeline).source if not self.steps else parsed.source[len(_parsed(self.steps).source) :]
-        model, results = manager.run_source(self.model, passes, self.report)
-        recipe = self.recipe
-        for one in passes:
-            recipe = find_recipe(str(vars(one)["recipe"])) if "quantized" in one.ensures else recipe
-        return dataclasses.replace(
-            self, model=model, recipe=recipe, steps=(*self.steps, pipeline), results=(*self.results, *results)
-        )
+        added = as_pipeline(pipeline)
+        if added.captures or added.program:
+            raise PipelineError(f"'{added}' goes beyond capture; call capture() and rewrite() for the rest")
+        combined = (self.pipeline + added).checked()
+        model, results = manager.run_source(self.model, added.source, self.report, self.instruments)
+        return dataclasses.replace(self, model=model, pipeline=combined, results=(*self.results, *results))
 
     def quantize(self, recipe: str) -> Source:
         """Quantize by the recipe of that name; raises `RecipeError` naming a layer it cannot take."""
@@ -65,9 +70,22 @@ class Source:
         """Export every entry point; raises `ModelError` naming the one that does not export."""
         program = capture.capture(self.model, lambda name: self.report(f"capture {name}"))
         verify(program)
+        for one in self.pipeline.source:
+            manager.check_ensured(one, program)
         return Captured(
-            program, self.recipe, self.model.tokenizer_file, (*self.steps, "capture"), self.results, self.report
+            program,
+            self.model.tokenizer_file,
+            self.pipeline + Pipeline(captures=True),
+            self.results,
+            self.report,
+            self.instruments,
         )
+
+
+def recipe_of(pipeline: Pipeline) -> Recipe:
+    """Return the recipe that a pipeline carries out."""
+    names = [str(vars(one)["recipe"]) for one in pipeline.source if QUANTIZED in one.ensures]
+    return find_recipe(names[-1]) if names else FP32
 
 
 @dataclass(frozen=True)
@@ -75,20 +93,23 @@ class Captured:
     """A program, ready for graph and program passes."""
 
     program: Program
-    recipe: Recipe
     tokenizer_file: Path | None
-    steps: tuple[str, ...]
+    pipeline: Pipeline
     results: tuple[PassResult, ...]
     report: Report = field(default=silent, compare=False)
+    instruments: tuple[Instrument, ...] = field(default=(), compare=False)
 
-    def rewrite(self, pipeline: str) -> Captured:
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the model that was captured."""
+        return recipe_of(self.pipeline)
+
+    def rewrite(self, pipeline: PipelineLike) -> Captured:
         """Run graph and program passes, such as ``last-token-logits``; raises `PipelineError`."""
-        parsed = _parsed((*self.steps, pipeline))
-        passes = parsed.program[len(_parsed(self.steps).program) :]
-        program, results = manager.run_program(self.program, passes, self.report)
-        return dataclasses.replace(
-            self, program=program, steps=(*self.steps, pipeline), results=(*self.results, *results)
-        )
+        added = as_pipeline(pipeline)
+        combined = (self.pipeline + added).checked()
+        program, results = manager.run_program(self.program, added.program, self.report, self.instruments)
+        return dataclasses.replace(self, program=program, pipeline=combined, results=(*self.results, *results))
 
     def save_program(self, folder: Path) -> None:
         """Write the program as graphs, one file of storages and tables; `triptych inspect` reads it."""
@@ -109,7 +130,7 @@ class Captured:
             legalized.program,
             chosen,
             recipe=self.recipe.name,
-            pipeline=str(_parsed(self.steps)),
+            pipeline=str(self.pipeline),
             has_tokenizer=self.tokenizer_file is not None,
         )
         emission = chosen.emit(legalized.program, manifest, self.report)
@@ -131,7 +152,3 @@ class Lowered:
         """Write the artifact; the folder is replaced in one step, and only an artifact may be replaced."""
         self.report("write")
         return artifact.write(Path(folder), self.emission, self.manifest, self.program, self.tokenizer_file)
-
-
-def _parsed(steps: tuple[str, ...]) -> Pipeline:
-    return parse(",".join(steps)) if steps else Pipeline((), False, ())

@@ -22,9 +22,9 @@ from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass, serialize
 from torch.export import ExportedProgram
 
-from triptych.compiler.editing import bound_tensor, tensor_names
+from triptych.compiler.editing import bound_tensor, storage_identity, tensor_names
 from triptych.compiler.model import Metadata
-from triptych.compiler.program import Method, Program, storage_identity
+from triptych.compiler.program import Method, Program
 from triptych.compiler.roles import Role
 from triptych.compiler.verifier import verify
 from triptych.errors import ArtifactError

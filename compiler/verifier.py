@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from triptych.compiler.capture import output_signatures, user_input_values
-from triptych.compiler.program import Method, Program, storage_identity
+from triptych.compiler.editing import storage_identity
+from triptych.compiler.program import Method, Program
 from triptych.errors import VerificationError
 from triptych.manifest import Dim, DynamicDim, TensorSignature
 
 
-def verify(program: Program) -> None:
+def verify(program: Program, known: Program | None = None) -> None:
     """Check `program`; raises one `VerificationError` that lists everything wrong, method by method.
+
+    Methods that `known`, a program verified before, holds too are not looked into again.
 
     1. Every `ExportedProgram` is valid and its graph well formed.
     2. Every declared input and output has the dtype and the shape the graph gives it.
@@ -23,7 +26,7 @@ def verify(program: Program) -> None:
     5. Metadata agrees with the methods: context bounds, vocabulary, EOS ids, image tokens.
     """
     problems = [
-        *_method_problems(program),
+        *_method_problems(program, known.methods if known else {}),
         *_link_problems(program),
         *_state_problems(program),
         *_metadata_problems(program),
@@ -32,8 +35,10 @@ def verify(program: Program) -> None:
         raise VerificationError("the program is not well formed: " + "; ".join(problems))
 
 
-def _method_problems(program: Program) -> Iterator[str]:
+def _method_problems(program: Program, known: Mapping[str, Method]) -> Iterator[str]:
     for name, method in program.methods.items():
+        if known.get(name) is method:
+            continue
         problem = _invalid(method.exported)
         if problem is not None:
             yield f"{name}: {problem}"

@@ -31,9 +31,8 @@ class ExpandTanhGelu(GraphPass):
     def rewrite(self, editor: GraphEditor, method: Method, log: MatchLog) -> None:
         """Expand every call in its tanh form."""
         for node in editor.calls(torch.ops.aten.gelu.default):
-            if node.kwargs.get("approximate", "none") == "tanh":
+            if node.kwargs.get("approximate", "none") == "tanh" and log.match(node):
                 editor.inline(node, _tanh_gelu)
-                log.matched("gelu")
 
 
 def _tanh_gelu(value: Tensor, *, approximate: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.pass_kinds import GraphPass, MatchLog
 from triptych.compiler.program import Method
+from triptych.compiler.properties import LAST_TOKEN_LOGITS, Property
 
 aten = torch.ops.aten
 SEQUENCE_AXIS: Final = 1
@@ -30,7 +31,7 @@ class LastTokenLogits(GraphPass):
     """
 
     name: ClassVar[str] = "last-token-logits"
-    ensures: ClassVar[frozenset[str]] = frozenset({"last-token-logits"})
+    ensures: ClassVar[frozenset[Property]] = frozenset({LAST_TOKEN_LOGITS})
 
     def rewrite(self, editor: GraphEditor, method: Method, log: MatchLog) -> None:
         """Slice before the projection, drop the sequence axis after it."""
@@ -47,6 +48,8 @@ class LastTokenLogits(GraphPass):
             log.refused("logits", f"has {value.dim()} dimensions; 3 are sliced")
             return
         length = value.shape[SEQUENCE_AXIS]
+        if not log.match(logits):
+            return
         # A length known at capture cannot be told from other sizes, so only a dynamic one moves operators.
         if not isinstance(length, int):
             movable = _movable(logits, length)
@@ -55,7 +58,6 @@ class LastTokenLogits(GraphPass):
         with editor.graph.inserting_before(editor.graph.output_node()):
             row = editor.call(aten.select.int, editor.user_outputs[index], SEQUENCE_AXIS, -1, like=logits)
         editor.replace_user_output(index, row)
-        log.matched("logits")
 
 
 def _movable(logits: Node, length: torch.SymInt) -> set[Node]:

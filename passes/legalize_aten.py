@@ -11,9 +11,8 @@ from torch._C import DispatchKey
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.pass_kinds import GraphPass, MatchLog
 from triptych.compiler.program import Method
+from triptych.compiler.properties import ATEN_ONLY, TORCH_NAMESPACES, Property
 from triptych.modules.operators import REFERENCE_KERNELS
-
-TORCH_NAMESPACES = ("aten", "prim", "prims", "higher_order")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class LegalizeAten(GraphPass):
     """
 
     name: ClassVar[str] = "legalize-aten"
-    ensures: ClassVar[frozenset[str]] = frozenset({"aten"})
+    ensures: ClassVar[frozenset[Property]] = frozenset({ATEN_ONLY})
     may_match_nothing: ClassVar[bool] = True
 
     def rewrite(self, editor: GraphEditor, method: Method, log: MatchLog) -> None:
@@ -35,11 +34,8 @@ class LegalizeAten(GraphPass):
             target = node.target
             if not isinstance(target, torch._ops.OpOverload) or target.namespace in TORCH_NAMESPACES:
                 continue
-            if target in REFERENCE_KERNELS:
-                editor.inline(node, REFERENCE_KERNELS[target])
-            elif target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
-                editor.inline(node, target, decompose=True)
-            else:
-                log.refused(str(target), "has no composite kernel whose body could be inlined")
-                continue
-            log.matched(str(target))
+            is_neutral = target in REFERENCE_KERNELS
+            if not is_neutral and not target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+                log.refused(node, f"{target} has no composite kernel whose body could be inlined")
+            elif log.match(node):
+                editor.inline(node, REFERENCE_KERNELS[target] if is_neutral else target, decompose=not is_neutral)

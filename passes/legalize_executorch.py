@@ -41,7 +41,7 @@ class LegalizeExecuTorch(GraphPass):
                 starts[start_pos] = _read_start(editor, start_pos, rows.meta["val"].shape[1])
             return starts[start_pos]
 
-        for node in updates:
+        for node in filter(log.match, updates):
             cache, value, start_pos = node.args
             assert isinstance(cache, Node)
             assert isinstance(start_pos, Node)
@@ -49,8 +49,7 @@ class LegalizeExecuTorch(GraphPass):
             with editor.graph.inserting_before(node):
                 editor.call(torch.ops.llama.update_cache.default, value, cache, start, like=node)
             editor.graph.erase_node(node)
-            log.matched("update_cache")
-        for node in attentions:
+        for node in filter(log.match, attentions):
             query, keys, values, start_pos, *scale = node.args
             assert isinstance(keys, Node)
             assert isinstance(start_pos, Node)
@@ -61,12 +60,9 @@ class LegalizeExecuTorch(GraphPass):
                 )
             node.replace_all_uses_with(attended)
             editor.graph.erase_node(node)
-            log.matched("cached_sdpa")
-
         for node in editor.calls(torch.ops.aten.embedding.default):
-            if len(node.args) > 2:
+            if len(node.args) > 2 and log.match(node):
                 node.args = node.args[:2]
-                log.matched("embedding")
 
 
 def _read_start(editor: GraphEditor, start_pos: Node, slots: int) -> Node:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import MatchLog, SourceTransform
+from triptych.compiler.properties import QUANTIZED, Property
 from triptych.compiler.quantize.recipes import find_recipe
 from triptych.compiler.quantize.torchao import quantize
 
@@ -20,12 +21,11 @@ class Quantize(SourceTransform):
     """
 
     name: ClassVar[str] = "quantize"
-    ensures: ClassVar[frozenset[str]] = frozenset({"quantized"})
+    ensures: ClassVar[frozenset[Property]] = frozenset({QUANTIZED})
 
     recipe: str
 
     def transform(self, model: Model, log: MatchLog) -> Model:
         """Quantize in place; raises `RecipeError` for an unknown recipe or a layer it cannot take."""
-        for name in quantize(model, find_recipe(self.recipe)):
-            log.matched(name)
+        quantize(model, find_recipe(self.recipe), log.match)
         return model

@@ -9,6 +9,7 @@ from typing import ClassVar
 from triptych.compiler.attention import AttentionCall, attention_calls
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import MatchLog, SourceTransform
+from triptych.compiler.properties import KV_CACHE, Property
 from triptych.errors import PipelineError
 from triptych.modules.attention import CachedAttention
 from triptych.modules.kv_cache import StaticKVCache
@@ -30,7 +31,9 @@ class StaticKVCachePass(SourceTransform):
     """
 
     name: ClassVar[str] = "static-kv-cache"
-    ensures: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
+    ensures: ClassVar[frozenset[Property]] = frozenset({KV_CACHE})
+    uniform: ClassVar[bool] = True
+    indivisible: ClassVar[bool] = True
 
     max: int | None = None
 
@@ -51,10 +54,11 @@ class StaticKVCachePass(SourceTransform):
                 refusals.append(f"{owner or 'the model itself'} {reason}")
                 log.refused(owner, reason)
                 continue
+            if not log.match(owner):
+                continue
             call = own[0]
             cache = StaticKVCache(slots, call.key.shape[1], call.key.shape[3], call.value.shape[3], call.key.dtype)
             route_attention(model.module.get_submodule(owner), CachedAttention(cache))
-            log.matched(owner)
         if refusals and log.matches:
             raise PipelineError(
                 f"static-kv-cache: a decoder is cached whole or not at all, and {refusals[0]}; "

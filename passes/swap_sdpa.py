@@ -8,6 +8,7 @@ from typing import ClassVar
 from triptych.compiler.attention import attention_calls
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import MatchLog, SourceTransform
+from triptych.compiler.properties import KV_CACHE, Property
 from triptych.modules.attention import AtenCachedSDPA, CachedAttention, OperatorCachedSDPA
 from triptych.modules.routing import routed_handler
 
@@ -22,7 +23,8 @@ class SwapSDPA(SourceTransform):
     """
 
     name: ClassVar[str] = "swap-sdpa"
-    requires: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
+    requires: ClassVar[frozenset[Property]] = frozenset({KV_CACHE})
+    uniform: ClassVar[bool] = True
     after: ClassVar[frozenset[str]] = frozenset({"static-kv-cache"})
 
     def transform(self, model: Model, log: MatchLog) -> Model:
@@ -31,11 +33,10 @@ class SwapSDPA(SourceTransform):
             handler = routed_handler(module)
             if not isinstance(handler, CachedAttention):
                 continue
-            if isinstance(handler.kernel, AtenCachedSDPA):
-                handler.kernel = OperatorCachedSDPA()
-                log.matched(name)
-            else:
+            if not isinstance(handler.kernel, AtenCachedSDPA):
                 log.refused(name, f"its kernel is {type(handler.kernel).__name__} already")
+            elif log.match(name):
+                handler.kernel = OperatorCachedSDPA()
         encoders = model.entry_points_with("encoder")
         for owner in dict.fromkeys(call.owner for call in attention_calls(model, encoders)):
             log.refused(owner, "attends without a cache; the aten call stays")

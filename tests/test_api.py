@@ -104,7 +104,7 @@ def test_stages_do_not_change_one_another(tmp_path: Path) -> None:
     cached = source.transform("static-kv-cache")
     captured = cached.capture()
     sliced = captured.rewrite("last-token-logits")
-    assert source.steps == ()
+    assert source.pipeline.passes == ()
     assert not [name for name, _ in source.model.module.named_buffers()]
     assert captured.program.methods["prefill"].outputs != sliced.program.methods["prefill"].outputs
     first = captured.lower("eager").save(tmp_path / "all")

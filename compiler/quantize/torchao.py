@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,8 +13,8 @@ from triptych.compiler.quantize.recipes import EmbeddingFormat, LinearFormat, Re
 from triptych.errors import RecipeError
 
 
-def quantize(model: Model, recipe: Recipe) -> list[str]:
-    """Quantize the modules of `model` that `recipe` names, in place, and return their names.
+def quantize(model: Model, recipe: Recipe, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Quantize the modules of `model` that `recipe` names and `wanted` lets through, in place.
 
     Weights become plain buffers and parameters again afterwards (values, scales, zero points), so programs hold
     no tensor subclass. Raises `RecipeError` for a layer the recipe cannot take and where torchao is missing.
@@ -24,18 +25,17 @@ def quantize(model: Model, recipe: Recipe) -> list[str]:
         from torchao.utils import unwrap_tensor_subclass
     except ImportError as error:
         raise RecipeError(f"recipe {recipe.name} needs torchao ({error}); install triptych[executorch]") from error
-    names = []
     for name, module, form in list(planned(model, recipe)):
+        if not wanted(name):
+            continue
         config = _config(form)
         # quantize_ speaks of children, so each module goes in under a parent of its own.
         quantize_(nn.ModuleList([module]), config, filter_fn=lambda child, _, module=module: child is module)
         if isinstance(form, LinearFormat):
             _round_scales(module)
-        names.append(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         unwrap_tensor_subclass(model.module)
-    return names
 
 
 def _round_scales(module: nn.Module) -> None:

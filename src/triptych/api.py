@@ -11,7 +11,7 @@ from triptych.errors import UsageError
 if TYPE_CHECKING:
     from triptych.compiler.artifact import Artifact
     from triptych.compiler.model import Model
-    from triptych.compiler.quantize.recipes import Recipe
+    from triptych.compiler.pipeline import Pipeline, PipelineLike
     from triptych.compiler.stages import Source
     from triptych.runtime.runner import Runner
 
@@ -39,7 +39,7 @@ def export(
     out: str | Path,
     target: str = DEFAULT_TARGET,
     recipe: str = DEFAULT_RECIPE,
-    pipeline: str | None = None,
+    pipeline: PipelineLike | None = None,
     max_context: int | None = None,
     abi: str = "triptych",
     progress: Callable[[str], None] | None = None,
@@ -52,7 +52,7 @@ def export(
     out: str | Path | None = None,
     target: str | None = None,
     recipe: str | None = None,
-    pipeline: str | None = None,
+    pipeline: PipelineLike | None = None,
     max_context: int | None = None,
     abi: str | None = None,
     progress: Callable[[str], None] | None = None,
@@ -65,8 +65,8 @@ def export(
             other choices: ``export(m).transform(…).quantize(…).capture().rewrite(…).lower(target).save(out)``.
         target: who runs the program: "xnnpack" (default), "portable", "eager", or a third party's.
         recipe: "fp32" (default) or "8da4w".
-        pipeline: text of the passes, in place of `default_pipeline`; it must contain "capture". A recipe in
-            it (``quantize{recipe=…}``) excludes `recipe`.
+        pipeline: the passes, as text or as a `Pipeline`, in place of `default_pipeline`; it must contain
+            "capture". A recipe in it (``quantize{recipe=…}``) excludes `recipe`.
         max_context: positions the program is built for; default: what the model allows, at most 2,048.
         abi: entry-point contract, "triptych" (default).
         progress: hears the name of each stage as it begins.
@@ -99,58 +99,49 @@ def _export_whole(
     *,
     target: str,
     recipe: str | None,
-    pipeline: str | None,
+    pipeline: PipelineLike | None,
     max_context: int | None,
     abi: str,
     progress: Callable[[str], None] | None,
 ) -> Artifact:
     from triptych.compiler.artifact import check_destination
+    from triptych.compiler.pipeline import as_pipeline
     from triptych.compiler.quantize.recipes import check, find_recipe
+    from triptych.compiler.stages import recipe_of
     from triptych.compiler.targets.base import find_target
 
     if abi not in ABIS:
         raise UsageError(f"no ABI is called {abi!r}; known: {', '.join(ABIS)}")
     chosen_target = find_target(target)()
     chosen_recipe = find_recipe(recipe or DEFAULT_RECIPE)
-    if pipeline is not None:
-        pipeline, chosen_recipe = _checked_pipeline(pipeline, recipe, max_context)
+    chosen = None if pipeline is None else _checked_pipeline(as_pipeline(pipeline).checked(), recipe, max_context)
+    if chosen is not None:
+        chosen_recipe = recipe_of(chosen)
     chosen_target.check(chosen_recipe)
     check_destination(out)
     source = _source(model, max_context, progress)
     check(source.model, chosen_recipe)
-    text = pipeline or default_pipeline(source.model.metadata.max_context, chosen_recipe.name)
-    before, _, after = (part.strip(", ") for part in _cut_at_capture(text))
-    if before:
-        source = source.transform(before)
-    captured = source.capture()
-    if after:
-        captured = captured.rewrite(after)
+    if chosen is None:
+        chosen = as_pipeline(default_pipeline(source.model.metadata.max_context, chosen_recipe.name))
+    captured = source.transform(chosen.source).capture().rewrite(chosen.program)
     return captured.lower(chosen_target).save(out)
 
 
-def _checked_pipeline(pipeline: str, recipe: str | None, max_context: int | None) -> tuple[str, Recipe]:
-    """Return the pipeline with the quantization that `recipe` asks for, and the recipe it carries out."""
-    from triptych.compiler.pipeline import parse
-    from triptych.compiler.quantize.recipes import find_recipe
+def _checked_pipeline(pipeline: Pipeline, recipe: str | None, max_context: int | None) -> Pipeline:
+    """Return the pipeline with the quantization that `recipe` asks for."""
+    from triptych.compiler.pipeline import as_pipeline
+    from triptych.compiler.properties import QUANTIZED
 
-    parsed = parse(pipeline)
-    if not parsed.captures:
-        raise UsageError(f"pipeline {pipeline!r} has no 'capture'; put it between source and graph passes")
-    if max_context is not None and any(vars(one).get("max") is not None for one in parsed.source):
+    if not pipeline.captures:
+        raise UsageError(f"pipeline '{pipeline}' has no 'capture'; put it between source and graph passes")
+    if max_context is not None and any(vars(one).get("max") is not None for one in pipeline.source):
         raise UsageError("the pipeline sets the cache length (static-kv-cache{max=…}); leave out max_context")
-    written = [str(vars(one)["recipe"]) for one in parsed.source if "quantized" in one.ensures]
+    written = [str(vars(one)["recipe"]) for one in pipeline.source if QUANTIZED in one.ensures]
     if written and recipe is not None:
         raise UsageError(f"the pipeline quantizes already, with {written[0]}; leave out the recipe {recipe}")
-    chosen = find_recipe(written[0] if written else recipe or DEFAULT_RECIPE)
-    if not written and not chosen.is_float:
-        pipeline = f"quantize{{recipe={chosen.name}}},{pipeline}"
-    return pipeline, chosen
-
-
-def _cut_at_capture(text: str) -> tuple[str, str, str]:
-    steps = text.split(",")
-    index = next(i for i, step in enumerate(steps) if step.strip() == "capture")
-    return ",".join(steps[:index]), "capture", ",".join(steps[index + 1 :])
+    if written or (recipe or DEFAULT_RECIPE) == DEFAULT_RECIPE:
+        return pipeline
+    return as_pipeline(f"quantize{{recipe={recipe}}}") + pipeline
 
 
 def _source(model: str | Path | Model, max_context: int | None, progress: Callable[[str], None] | None) -> Source:

@@ -207,7 +207,7 @@ def test_an_attention_made_by_the_root_module_itself_gets_its_cache() -> None:
 def test_a_stage_does_not_change_the_one_before() -> None:
     source = Source(tiny.tiny(layers=1))
     cached = source.transform("static-kv-cache")
-    assert (source.steps, source.results) == ((), ())
+    assert (source.pipeline.passes, source.results) == ((), ())
     assert not source.capture().program.state
     assert cached.capture().program.state
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.compiler import tiny
-from triptych.compiler.editing import copy_graph_module, rebuild
+from triptych.compiler.editing import copy_graph_module, rebuild, storage_identity
 from triptych.compiler.model import EntryPoint, Metadata, Model, OutputPort
-from triptych.compiler.program import Method, Program, storage_identity
+from triptych.compiler.program import Method, Program
 from triptych.compiler.roles import OTHER, Role
 from triptych.compiler.stages import Source
 from triptych.errors import ModelError, VerificationError

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from tests.compiler import tiny
 from triptych.compiler import storage
-from triptych.compiler.program import Program, storage_identity
+from triptych.compiler.editing import storage_identity
+from triptych.compiler.program import Program
 from triptych.compiler.text import program_text
 from triptych.errors import ArtifactError
 

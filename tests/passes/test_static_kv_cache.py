@@ -36,7 +36,7 @@ def test_every_plain_causal_attention_gets_one_cache(layers: int) -> None:
     source = Source(tiny.tiny(layers=layers)).transform("static-kv-cache")
     names = [f"blocks.{index}.attention" for index in range(layers)]
     assert cached(source) == names
-    assert list(source.results[0].matches) == names
+    assert [match.where for match in source.results[0].matches] == names
     assert not source.results[0].refusals
 
 

@@ -37,7 +37,7 @@ def test_without_it_the_attention_is_aten(cached: Source) -> None:
 
 def test_it_says_where_it_matched(cached: Source) -> None:
     result = cached.transform("swap-sdpa").results[-1]
-    assert result.matches == ("blocks.0.attention", "blocks.1.attention")
+    assert [match.where for match in result.matches] == ["blocks.0.attention", "blocks.1.attention"]
 
 
 def test_a_second_run_has_nothing_left_to_do(cached: Source) -> None:
