@@ -67,9 +67,12 @@ def run_source(
     passes: Iterable[SourceTransform],
     report: Report = lambda name: None,
     instruments: Sequence[Instrument] = (),
-    select: Select = lambda method, number: True,
+    select: Select | None = None,
 ) -> tuple[Model, tuple[PassResult, ...]]:
-    """Run source transforms over a copy of the module tree; the caller's module is left as it was."""
+    """Run source transforms over a copy of the module tree; the caller's module is left as it was.
+
+    With `select` passes rewrite a part of their matches only, and are not held to what they promise of the whole.
+    """
     results = []
     for one in passes:
         report(one.name)
@@ -77,12 +80,12 @@ def run_source(
             instrument.before(one, model)
         own = model.with_own_modules()
         before, versions = _module_text(own), _versions(_tensors(model))
-        log, started = MatchLog(select=partial(select, "")), time.perf_counter()
+        log, started = _log("", select), time.perf_counter()
         transformed = _guarded(one, partial(one.transform, own, log))
         seconds = time.perf_counter() - started
         _check_tensors(one, _tensors(model), versions)
         result = _result(one, [log], changed=_module_text(transformed) != before, seconds=seconds, started=started)
-        if one.uniform:
+        if one.uniform and select is None:
             _check_uniform(one, _layers_of_modules(transformed), {"the model": Counter(_layers(log.matches))})
         for instrument in instruments:
             instrument.after(one, model, transformed, result)
@@ -96,9 +99,9 @@ def run_program(
     passes: Iterable[GraphPass | ProgramPass],
     report: Report = lambda name: None,
     instruments: Sequence[Instrument] = (),
-    select: Select = lambda method, number: True,
+    select: Select | None = None,
 ) -> tuple[Program, tuple[PassResult, ...]]:
-    """Run graph and program passes, verifying what each changed."""
+    """Run graph and program passes, verifying what each changed; `select` as in `run_source`."""
     results = []
     for one in passes:
         report(one.name)
@@ -112,7 +115,7 @@ def run_program(
     return program, tuple(results)
 
 
-def _run_one(one: GraphPass | ProgramPass, program: Program, select: Select) -> tuple[Program, PassResult]:
+def _run_one(one: GraphPass | ProgramPass, program: Program, select: Select | None) -> tuple[Program, PassResult]:
     began = time.perf_counter()
     _check_required(one, program)
     prints, versions = _fingerprints(program), _versions(_tensors(program))
@@ -120,7 +123,7 @@ def _run_one(one: GraphPass | ProgramPass, program: Program, select: Select) -> 
     if isinstance(one, GraphPass):
         rewritten, logs = _guarded(one, partial(_run_graph_pass, one, program, select))
     else:
-        log = MatchLog(select=partial(select, ""))
+        log = _log("", select)
         rewritten, logs = _guarded(one, partial(one.rewrite, program, log)), [log]
     seconds = time.perf_counter() - started
     if _fingerprints(program) != prints:
@@ -137,15 +140,17 @@ def _run_one(one: GraphPass | ProgramPass, program: Program, select: Select) -> 
     result = _result(one, logs, changed=changed, seconds=seconds, started=began)
     if changed:
         _verify_after(one, rewritten, program)
-    if one.uniform:
-        _check_uniform_methods(one, program, logs)
+    if select is None:
+        check_ensured(one, rewritten)
+        if one.uniform:
+            _check_uniform_methods(one, program, logs)
     return rewritten, dataclasses.replace(result, check_seconds=time.perf_counter() - began - seconds)
 
 
-def _run_graph_pass(one: GraphPass, program: Program, select: Select) -> tuple[Program, list[MatchLog]]:
+def _run_graph_pass(one: GraphPass, program: Program, select: Select | None) -> tuple[Program, list[MatchLog]]:
     logs, exported = [], {}
     for name, method in program.methods.items():
-        log = MatchLog(name, partial(select, name))
+        log = _log(name, select)
         editor = GraphEditor(method.exported, one.name)
         one.rewrite(editor, method, log)
         logs.append(log)
@@ -154,9 +159,14 @@ def _run_graph_pass(one: GraphPass, program: Program, select: Select) -> tuple[P
         elif editor.changed:
             raise VerificationError(
                 f"pass {one.name} changed the graph of {name} and reported no match there; pass developer: ask "
-                "log.match(node) before rewriting, and leave the place alone where it returns False"
+                "log.match(node) before rewriting, and leave the place alone where it returns False",
+                method=name,
             )
     return (program.with_exported(exported) if exported else program), logs
+
+
+def _log(method: str, select: Select | None) -> MatchLog:
+    return MatchLog(method or None) if select is None else MatchLog(method or None, partial(select, method))
 
 
 def _guarded(one: Pass, run: Callable[[], T]) -> T:
@@ -196,7 +206,6 @@ def _verify_after(one: Pass, program: Program, before: Program) -> None:
         verify(program, before)
     except VerificationError as error:
         raise VerificationError(f"pass {one.name} broke the program: {error}; pass developer: mend the pass") from error
-    check_ensured(one, program)
 
 
 def _result(one: Pass, logs: Sequence[MatchLog], *, changed: bool, seconds: float, started: float) -> PassResult:
@@ -291,5 +300,7 @@ def _check_uniform(one: Pass, layers: dict[str, set[str]], counts: dict[str, Cou
                 raise VerificationError(
                     f"pass {one.name} is uniform over layers and matched {count} times {place}, {counter[layer]} times "
                     f"{layer} in {method}; pass developer: find out with `triptych passes explain` why, or declare "
-                    "uniform = False"
+                    "uniform = False",
+                    method=method,
+                    place=layer,
                 )

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 MADE_BY: Final = "made_by"
 CAPTURE: Final = "capture"
+_LIBRARIES: Final = re.compile(r"/torch/(nn/|_|functional|utils/|fx/|export/)|/triptych/(compiler|modules|passes)/")
 _FRAME: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
@@ -44,9 +45,12 @@ def layer_in(path: str) -> str | None:
 
 
 def source_line(node: Node) -> str | None:
-    """Return the innermost source line of the model behind `node` as "file.py:12", or None where none is recorded."""
+    """Return the source line behind `node` as "file.py:12", or None where none is recorded.
+
+    It is the innermost line outside torch and Triptych, so the model's own.
+    """
     frames = list(_FRAME.finditer(str(node.meta.get("stack_trace") or "")))
     if not frames:
         return None
-    frame = frames[-1]
+    frame = next((one for one in reversed(frames) if not _LIBRARIES.search(one["file"])), frames[-1])
     return f"{frame['file'].rsplit('/', 1)[-1]}:{frame['line']}"

@@ -20,7 +20,6 @@ from triptych.compiler.attention import recorded_attention
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import Tolerance
 from triptych.errors import ModelError
-from triptych.manifest import MethodSignature
 from triptych.modules.routing import HANDLER_NAME
 
 SENSITIVITY_FACTOR: Final = 100.0
@@ -32,9 +31,6 @@ class Runs(Protocol):
     @property
     def state(self) -> Mapping[str, Tensor]:
         """The live state rows."""
-
-    def signature(self, method: str) -> MethodSignature:
-        """Inputs and outputs of a method."""
 
     def run(self, method: str, **tensors: Tensor) -> dict[str, Tensor]:
         """Run a method."""

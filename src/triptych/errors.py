@@ -37,7 +37,15 @@ class ModelError(TriptychError):
 
 
 class VerificationError(TriptychError):
-    """A program that is not well formed, or a pass that broke its promise."""
+    """A program that is not well formed, or a pass that broke its promise.
+
+    `method` and `place` (a layer, a node) say where, as far as that is known.
+    """
+
+    def __init__(self, message: str, *, method: str | None = None, place: str | None = None) -> None:
+        super().__init__(message)
+        self.method = method
+        self.place = place
 
 
 class LoweringError(TriptychError):

@@ -1,0 +1,202 @@
+"""Bisection: which pass of a pipeline, in which method, at which match, breaks parity or the program itself?
+
+A pass is applied in part by holding back its later matches (`MatchLog.match` answers False), so every step of the
+search runs the real pass on the real program and is judged by the same oracle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from triptych.compiler import manager
+from triptych.compiler.capture import capture
+from triptych.compiler.editing import GraphEditor
+from triptych.compiler.instruments import judge
+from triptych.compiler.manager import Select
+from triptych.compiler.model import Model
+from triptych.compiler.oracle import Oracle, first_failure, wider
+from triptych.compiler.pass_kinds import GraphPass, Match, MatchLog, Pass, ProgramPass, SourceTransform, Tolerance
+from triptych.compiler.pipeline import CAPTURE, Pipeline
+from triptych.compiler.program import Program
+from triptych.compiler.properties import QUANTIZED
+from triptych.compiler.verifier import verify
+from triptych.errors import TriptychError, UsageError, VerificationError
+
+Step = SourceTransform | GraphPass | ProgramPass | None
+"""A pass, or None for the capture."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and in which method and at which place where that is known."""
+
+    reason: str
+    method: str | None = None
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first guilty step: a pass or "capture", by its place in the pipeline.
+
+    `method` and `match` narrow it down as far as the step can be applied in part. `reason` is what is wrong when
+    everything before the step and that part of it are applied; `before` is what the step was given.
+    """
+
+    step: str
+    index: int
+    reason: str
+    before: Model | Program
+    guilty: Pass | None = None
+    method: str | None = None
+    match: Match | None = None
+
+    def __str__(self) -> str:
+        place = f", in {self.method}" if self.method else ""
+        if self.match is not None:
+            place += ", at " + ", ".join(one for one in (self.match.where, self.match.layer, self.match.line) if one)
+        return f"{self.step} (step {self.index + 1}){place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage of the compilation with what judges it: the model or program, its oracle, the tolerance declared."""
+
+    subject: Model | Program
+    oracle: Oracle
+    declared: Tolerance | None
+
+    def problem(self) -> Problem | None:
+        """Play every trace."""
+        failure = first_failure(judge(self.oracle, self.subject, self.declared))
+        if failure is None:
+            return None
+        return Problem(str(failure), None if failure.role is None else _method_with(self.subject, failure.role))
+
+    def after(self, step: Step, select: Select | None = None) -> _Stage:
+        """Apply `step`, or the part of it that `select` lets through."""
+        if step is None:
+            assert isinstance(self.subject, Model)
+            program = capture(self.subject)
+            verify(program)
+            return _Stage(program, self.oracle, self.declared)
+        if isinstance(step, SourceTransform):
+            assert isinstance(self.subject, Model)
+            model, _ = manager.run_source(self.subject, [step], select=select)
+            if QUANTIZED in step.ensures:
+                return _Stage(model, self.oracle.of_quantized(model), self.declared)
+            return _Stage(model, self.oracle, wider(step.tolerances["float32"], self.declared))
+        assert isinstance(self.subject, Program)
+        program, _ = manager.run_program(self.subject, [step], select=select)
+        return _Stage(program, self.oracle, wider(step.tolerances["float32"], self.declared))
+
+
+def bisect(
+    subject: Model | Program, pipeline: Pipeline, oracle: Oracle, report: Report = lambda step: None
+) -> Culprit | None:
+    """Return the first guilty step of `pipeline` run on `subject`, or None where everything holds.
+
+    `subject` is the model that `oracle` knows, or a program captured from it and graph passes to run on that.
+    Raises `UsageError` where the pipeline is empty, and where the subject fails the traces before any pass.
+    """
+    steps: list[Step] = [*pipeline.source, *([None] if pipeline.captures else []), *pipeline.program]
+    if not steps:
+        raise UsageError("the pipeline is empty; there is nothing to search")
+    stages = [_Stage(subject, oracle, None)]
+    own = stages[0].problem()
+    if own is not None:
+        raise UsageError(f"the traces fail before any pass: {own.reason}; begin the search earlier")
+    raised: Problem | None = None
+    for step in steps:
+        report(f"run {_name(step)}")
+        try:
+            stages.append(stages[-1].after(step))
+        except TriptychError as error:
+            raised = _problem_of(error)
+            break
+    report(f"check after {_name(steps[len(stages) - 2])}" if len(stages) > 1 else "check")
+    problem = stages[-1].problem()
+    if problem is None:
+        return None if raised is None else _narrowed(stages[-1], steps, len(stages) - 1, raised, report)
+    good, bad = 0, len(stages) - 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        report(f"check after {_name(steps[middle - 1])}")
+        found = stages[middle].problem()
+        good, bad, problem = (middle, bad, problem) if found is None else (good, middle, found)
+    return _narrowed(stages[good], steps, good, problem, report)
+
+
+def _narrowed(before: _Stage, steps: list[Step], index: int, problem: Problem, report: Report) -> Culprit:
+    """Find the method and the match; a pass that cannot be taken apart is named whole."""
+    guilty = steps[index]
+    if guilty is None:
+        return Culprit(CAPTURE, index, problem.reason, before.subject, None, problem.method)
+    subject = before.subject
+    methods = list(subject.methods) if isinstance(guilty, GraphPass) and isinstance(subject, Program) else [""]
+
+    def apply(method: str, limit: int | None) -> Problem | None:
+        def select(where: str, number: int) -> bool:
+            return where == method and (limit is None or number < limit)
+
+        try:
+            return before.after(guilty, select).problem()
+        except TriptychError as error:
+            return _problem_of(error)
+
+    for method in methods:
+        report(f"{_name(guilty)} in {method or 'the model'} alone")
+        alone = apply(method, None)
+        if alone is None:
+            continue
+        named = method or alone.method
+        total = len(_announced(guilty, subject, method, None))
+        if guilty.indivisible or apply(method, 0) is not None or not total:
+            return Culprit(_name(guilty), index, alone.reason, subject, guilty, named)
+        good, bad, reason = 0, total, alone.reason
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            report(f"{_name(guilty)} in {method or 'the model'}, {middle} of {total} matches")
+            found = apply(method, middle)
+            good, bad, reason = (middle, bad, reason) if found is None else (good, middle, found.reason)
+        match = _announced(guilty, subject, method, bad)[-1]
+        return Culprit(_name(guilty), index, reason, subject, guilty, named, match)
+    place = Match(problem.place, problem.method) if problem.place is not None else None
+    return Culprit(_name(guilty), index, problem.reason, subject, guilty, problem.method, place)
+
+
+def _announced(one: Pass, subject: Model | Program, method: str, limit: int | None) -> list[Match]:
+    """Return the first `limit` matches that a pass announces, also where it then fails."""
+    log = MatchLog(method or None, lambda number: limit is None or number < limit)
+    with contextlib.suppress(Exception):
+        if isinstance(one, GraphPass) and isinstance(subject, Program):
+            chosen = subject.methods[method]
+            one.rewrite(GraphEditor(chosen.exported, one.name), chosen, log)
+        elif isinstance(one, ProgramPass) and isinstance(subject, Program):
+            one.rewrite(subject, log)
+        elif isinstance(one, SourceTransform) and isinstance(subject, Model):
+            one.transform(subject.with_own_modules(), log)
+    return log.matches
+
+
+def _problem_of(error: TriptychError) -> Problem:
+    if isinstance(error, VerificationError):
+        return Problem(str(error), error.method, error.place)
+    return Problem(str(error))
+
+
+def _name(step: Step) -> str:
+    return CAPTURE if step is None else step.name
+
+
+def _method_with(subject: Model | Program, role: str) -> str | None:
+    entries = (
+        [(name, method.roles) for name, method in subject.methods.items()]
+        if isinstance(subject, Program)
+        else [(entry.name, entry.roles) for entry in subject.entry_points]
+    )
+    return next((name for name, roles in entries if role in map(str, roles)), None)
