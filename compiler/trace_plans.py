@@ -24,6 +24,13 @@ from triptych.manifest import ImageSettings
 
 PROMPT_LENGTHS: Final = (1, 17, 300)
 
+_TURN_KINDS: Final = ("prefill", "prefill", "decode", "prefill", "decode")
+# A chunked prefill, an answer, and a second turn; the first that fits is taken.
+TURNS: Final = tuple(
+    tuple(Step(kind, count) for kind, count in zip(_TURN_KINDS, counts, strict=True))
+    for counts in ((9, 8, 3, 7, 3), (3, 2, 1, 2, 1))
+)
+
 TEXT: Final = (
     "A ship left the harbour at dawn. Its captain had counted the crates twice: forty-two of tea, seven of "
     "porcelain, and one, unlabelled, that nobody would open. 'Keep it dry,' the merchant had said, and paid in "
@@ -96,9 +103,10 @@ def make_plans(subject: Subject, tokens: int, prompt_lengths: Sequence[int] = PR
             plans.append(TracePlan(f"text, prompt of {length}", steps, text))
         drawn = partial(_random_tokens, subject, length + tokens)
         plans.append(TracePlan(f"random ids, prompt of {length}", steps, drawn))
-    turns = (Step("prefill", 9), Step("prefill", 8), Step("decode", 3), Step("prefill", 7), Step("decode", 3))
-    length = sum(step.count for step in turns)
-    if length <= subject.max_context:
+    fitting_turns = [turns for turns in TURNS if sum(step.count for step in turns) <= subject.max_context]
+    if fitting_turns:
+        turns = fitting_turns[0]
+        length = sum(step.count for step in turns)
         plans.append(TracePlan("chunked prefill, second turn", turns, partial(_random_tokens, subject, length)))
     if subject.image is not None and subject.pictures is not None:
         plans += _image_plans(subject, subject.image, subject.pictures)
