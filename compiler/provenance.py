@@ -25,9 +25,9 @@ def made_by(node: Node) -> str:
 def module_path(node: Node) -> str:
     """Return the fully qualified name of the innermost module that `node` was traced in; "" at the top."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    return str(list(stack.values())[-1][0])
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    # torch's own word where it knows no module
+    return "" if path.startswith("_empty_nn_module_stack") else path
 
 
 def layer_of(node: Node) -> str | None:

@@ -6,7 +6,9 @@ the text of equal programs is equal in every run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from triptych.compiler.capture import user_input_values
 from triptych.compiler.editing import bound_names
 from triptych.compiler.program import Method, Program, StateRow, Weight
 from triptych.manifest import Dim, DynamicDim, TensorSignature
+
+_SYMBOL: Final = re.compile(r"[a-z]+\d+")
 
 
 def program_text(program: Program, *, graphs: bool = True) -> str:
@@ -114,10 +118,10 @@ def _argument(value: object, labels: Mapping[Node, str]) -> str:
 def _value(value: object, symbols: Mapping[str, str]) -> str:
     if not isinstance(value, Tensor):
         return ""
-    sizes = []
-    for size in value.shape:
-        text = str(size)
-        for symbol, name in symbols.items():
-            text = text.replace(symbol, name)
-        sizes.append(text)
-    return f": {_dtype(value.dtype)}[{', '.join(sizes)}]"
+    return f": {tensor_text(value, symbols)}"
+
+
+def tensor_text(value: Tensor, names: Mapping[str, str]) -> str:
+    """Return dtype and shape such as "float32[1, S, 576]", symbols by their `names`."""
+    sizes = [_SYMBOL.sub(lambda found: names.get(found[0], found[0]), str(size)) for size in value.shape]
+    return f"{_dtype(value.dtype)}[{', '.join(sizes)}]"

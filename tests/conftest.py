@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from filelock import FileLock
 
 # Before anything imports a Hugging Face library: no test may reach for a hub, and no tokenizer forks threads.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -106,13 +107,18 @@ def smollm2_cut_model(smollm2_cut: Path) -> "Model":
 
 @pytest.fixture(scope="session")
 def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that exports a checkpoint into a fresh folder and returns that folder."""
+    """Return a function that exports a checkpoint, once for all workers of a run, and returns the artifact's folder."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def export(checkpoint: Path, target: str, recipe: str, max_context: int) -> Path:
         import triptych
 
-        out = tmp_path_factory.mktemp(f"{checkpoint.name}-{target}-{recipe}") / "artifact"
-        return triptych.export(checkpoint, out=out, target=target, recipe=recipe, max_context=max_context).path
+        out = shared / f"{checkpoint.name}-{target}-{recipe}-{max_context}"
+        with FileLock(f"{out}.lock"):
+            if not out.exists():
+                triptych.export(checkpoint, out=out, target=target, recipe=recipe, max_context=max_context)
+        return out
 
     return export
 
