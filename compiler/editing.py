@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -169,6 +170,19 @@ def copy_graph_module(exported: ExportedProgram) -> GraphModule:
     return copied
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A function as a graph: a placeholder for each of `inputs`, the nodes over whose values it was traced."""
+
+    graph: Graph
+    inputs: tuple[Node, ...]
+
+    @property
+    def results(self) -> Any:
+        """What the function returned, with nodes of `graph` for tensors."""
+        return self.graph.output_node().args[0]
+
+
 class GraphEditor:
     """A method's graph under change. `made_by` names the pass at work; the nodes it adds will carry that name."""
 
@@ -227,7 +241,8 @@ class GraphEditor:
         longer use leaves the method by itself.
         """
         taken = {spec.target for spec in self._inputs} | set(self._state)
-        unique = next(one for one in (name, *(f"{name}_{n}" for n in itertools.count(1))) if one not in taken)
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        unique = next(one for one in itertools.chain([name], numbered) if one not in taken)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder(f"p_{unique.replace('.', '_')}")
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
@@ -297,34 +312,48 @@ class GraphEditor:
                 if not _same_value(before, node.meta["val"]):
                     dirty.add(node)
 
+    def trace(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, decompose: bool = False
+    ) -> Traced:
+        """Trace `function` over the values of the nodes in `args` and `kwargs`, which may lie in lists; adds nothing.
+
+        With `decompose` composite operators inside, and `function` itself where it is one, are taken apart.
+        """
+        inputs: dict[Node, None] = {}
+        torch.fx.map_arg((tuple(args), dict(kwargs)), inputs.setdefault)
+
+        def body(*values: Any) -> Any:
+            given = dict(zip(inputs, values, strict=True))
+            arguments, named = torch.fx.map_arg((tuple(args), dict(kwargs)), lambda used: given[used])
+            return function(*arguments, **named)
+
+        with self.fake_mode:
+            traced = make_fx(body, pre_dispatch=not decompose)(*(used.meta["val"] for used in inputs))
+        traced.graph.eliminate_dead_code()
+        return Traced(traced.graph, tuple(inputs))
+
+    def paste(self, traced: Traced, like: Node) -> Any:
+        """Add what was traced at the insertion point and return its results; `like` lends its source location."""
+        placeholders = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
+        mapping: dict[Node, Node] = dict(zip(placeholders, traced.inputs, strict=True))
+        source: dict[str, Any] = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
+        for inner in traced.graph.nodes:
+            if inner.op not in ("placeholder", "output"):
+                mapping[inner] = self.graph.node_copy(inner, lambda used: mapping[used])
+                mapping[inner].meta = {"val": inner.meta.get("val"), **source}
+                if "unbacked_bindings" in inner.meta:
+                    mapping[inner].meta["unbacked_bindings"] = inner.meta["unbacked_bindings"]
+        return torch.fx.map_arg(traced.results, lambda used: mapping[used])
+
     def inline(self, node: Node, function: Callable[..., Any], *, decompose: bool = False) -> None:
         """Replace `node` by the traced body of `function`, which takes `node`'s arguments and gives its results.
 
         With `decompose` composite operators inside, and `function` itself where it is one, are taken apart.
         """
-        slots = [index for index, value in enumerate(node.args) if isinstance(value, Node)]
-        tensors = [node.args[index] for index in slots]
-
-        def body(*values: Any) -> Any:
-            arguments = list(node.args)
-            for index, value in zip(slots, values, strict=True):
-                arguments[index] = value
-            return function(*arguments, **node.kwargs)
-
-        with self.fake_mode:
-            traced = make_fx(body, pre_dispatch=not decompose)(*(used.meta["val"] for used in tensors))  # type: ignore[union-attr]
-        traced.graph.eliminate_dead_code()
-        mapping: dict[Node, Any] = {}
-        placeholders = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
-        mapping.update(zip(placeholders, tensors, strict=True))
-        source = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+        traced = self.trace(function, node.args, node.kwargs, decompose=decompose)
         with self.graph.inserting_before(node):
-            for inner in traced.graph.nodes:
-                if inner.op == "output":
-                    _replace_results(node, torch.fx.map_arg(inner.args[0], lambda used: mapping[used]))
-                elif inner.op != "placeholder":
-                    mapping[inner] = self.graph.node_copy(inner, lambda used: mapping[used])
-                    mapping[inner].meta = {"val": inner.meta["val"], **source}
+            results = self.paste(traced, like=node)
+        replace_results(node, results)
         self.graph.erase_node(node)
 
     def finish(self) -> ExportedProgram:
@@ -344,7 +373,7 @@ class GraphEditor:
         return _with_used_tensors(self._exported, self.graph_module, signature, self._state)
 
 
-def _replace_results(node: Node, results: Any) -> None:
+def replace_results(node: Node, results: Any) -> None:
     """Let the users of `node` use `results`: one node, a tuple of nodes behind ``getitem`` users, or nothing."""
     if isinstance(results, Node):
         node.replace_all_uses_with(results)

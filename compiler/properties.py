@@ -6,11 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-import torch
-
 from triptych.compiler.program import KV_LAYOUT, Program
-
-TORCH_NAMESPACES: Final = ("aten", "prim", "prims", "higher_order")
 
 
 @dataclass(frozen=True)
@@ -45,15 +41,6 @@ def _with_all_logits(program: Program) -> str | None:
     return None
 
 
-def _with_foreign_operators(program: Program) -> str | None:
-    for name, method in program.methods.items():
-        for node in method.exported.graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in TORCH_NAMESPACES:
-                return f"{name} calls {node.target}"
-    return None
-
-
 KV_CACHE: Final = Property("kv-cache", _without_kv_cache)
 LAST_TOKEN_LOGITS: Final = Property("last-token-logits", _with_all_logits)
-ATEN_ONLY: Final = Property("aten-only", _with_foreign_operators)
 QUANTIZED: Final = Property("quantized")

@@ -11,8 +11,9 @@ from torch._C import DispatchKey
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.pass_kinds import GraphPass, MatchLog
 from triptych.compiler.program import Method
-from triptych.compiler.properties import ATEN_ONLY, TORCH_NAMESPACES, Property
 from triptych.modules.operators import REFERENCE_KERNELS
+
+TORCH_NAMESPACES = ("aten", "prim", "prims", "higher_order")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class LegalizeAten(GraphPass):
     """
 
     name: ClassVar[str] = "legalize-aten"
-    ensures: ClassVar[frozenset[Property]] = frozenset({ATEN_ONLY})
     may_match_nothing: ClassVar[bool] = True
 
     def rewrite(self, editor: GraphEditor, method: Method, log: MatchLog) -> None:
