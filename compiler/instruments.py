@@ -3,6 +3,7 @@
 ================  =================================================================================
 `PrintIR`         the text of the program before, after, or after each pass that changed it
 `Diff`            the changed lines of that text
+`CostWatch`       what each pass changed of the cost of each method
 `Statistics`      how many calls of which operator each pass added and took away, by method
 `NumericCheck`    parity with the user's model after each pass, on whole call traces
 ================  =================================================================================
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
+from triptych.compiler.cost import MethodCost, cost_delta, program_cost
 from triptych.compiler.manager import Instrument, PassResult
 from triptych.compiler.model import Model
 from triptych.compiler.oracle import Oracle, TraceReport, first_failure, wider
@@ -29,6 +31,7 @@ from triptych.compiler.text import program_text
 from triptych.errors import VerificationError
 
 Write = Callable[[str], None]
+_ADVICE: Final = "pass developer: `triptych passes bisect` names the method and the match"
 
 
 def subject_text(subject: Model | Program) -> str:
@@ -117,6 +120,20 @@ def operator_counts(program: Program, method: str) -> Counter[str]:
     return Counter(str(node.target) for node in nodes if node.op == "call_function")
 
 
+@dataclass(frozen=True)
+class CostWatch(Instrument):
+    """Records what each graph and program pass changed of the cost of each method, at sizes of dynamic dimensions."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    deltas: dict[str, dict[str, MethodCost]] = field(default_factory=dict)
+
+    def after(self, one: Pass, before: Model | Program, after: Model | Program, result: PassResult) -> None:
+        """Record the difference."""
+        if result.changed and isinstance(before, Program) and isinstance(after, Program):
+            delta = cost_delta(program_cost(before, self.sizes), program_cost(after, self.sizes))
+            self.deltas[one.name] = delta
+
+
 class NumericCheck(Instrument):
     """Holds every stage to parity with the user's model; the first pass that leaves it fails by name.
 
@@ -136,14 +153,14 @@ class NumericCheck(Instrument):
             self.oracle = self.oracle.of_quantized(after)
             return
         self._declared = wider(one.tolerances["float32"], self._declared)
-        reports = tuple(judge(self.oracle, after, self._declared))
+        try:
+            reports = tuple(judge(self.oracle, after, self._declared))
+        except VerificationError as error:
+            raise VerificationError(f"after pass {one.name} {error}; {_ADVICE}", method=error.method) from error
         self.reports[one.name] = reports
         problem = first_failure(reports)
         if problem is not None:
-            raise VerificationError(
-                f"after pass {one.name} the model computes something else: {problem}; pass developer: "
-                "`triptych passes bisect` names the method and the match"
-            )
+            raise VerificationError(f"after pass {one.name} the model computes something else: {problem}; {_ADVICE}")
 
 
 def judge(oracle: Oracle, subject: Model | Program, declared: Tolerance | None = None) -> Iterable[TraceReport]:

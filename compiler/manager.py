@@ -11,12 +11,14 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
+from triptych.compiler.budget import BudgetError, find_culprit
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.fingerprint import fingerprint
 from triptych.compiler.model import Model
@@ -103,11 +105,16 @@ def run_program(
 ) -> tuple[Program, tuple[PassResult, ...]]:
     """Run graph and program passes, verifying what each changed; `select` as in `run_source`."""
     results = []
+    history = [("the program given", program)]
     for one in passes:
         report(one.name)
         for instrument in instruments:
             instrument.before(one, program)
-        rewritten, result = _run_one(one, program, select)
+        try:
+            rewritten, result = _run_one(one, program, select)
+        except BudgetError as error:
+            raise BudgetError(f"{error}; {find_culprit(error.budget, history)}", error.budget) from None
+        history.append((one.name, rewritten))
         for instrument in instruments:
             instrument.after(one, program, rewritten, result)
         results.append(result)
@@ -124,7 +131,7 @@ def _run_one(one: GraphPass | ProgramPass, program: Program, select: Select | No
         rewritten, logs = _guarded(one, partial(_run_graph_pass, one, program, select))
     else:
         log = _log("", select)
-        rewritten, logs = _guarded(one, partial(one.rewrite, program, log)), [log]
+        rewritten, logs = _guarded(one, partial(_run_program_pass, one, program, log)), [log]
     seconds = time.perf_counter() - started
     if _fingerprints(program) != prints:
         raise VerificationError(
@@ -162,7 +169,13 @@ def _run_graph_pass(one: GraphPass, program: Program, select: Select | None) -> 
                 "log.match(node) before rewriting, and leave the place alone where it returns False",
                 method=name,
             )
-    return (program.with_exported(exported) if exported else program), logs
+    with _named(one):
+        return (program.with_exported(exported) if exported else program), logs
+
+
+def _run_program_pass(one: ProgramPass, program: Program, log: MatchLog) -> Program:
+    with _named(one):
+        return one.rewrite(program, log)
 
 
 def _log(method: str, select: Select | None) -> MatchLog:
@@ -202,10 +215,21 @@ def check_ensured(one: Pass, program: Program) -> None:
 
 
 def _verify_after(one: Pass, program: Program, before: Program) -> None:
-    try:
+    with _named(one):
         verify(program, before)
+
+
+@contextmanager
+def _named(one: Pass) -> Iterator[None]:
+    """Say of a program that cannot be put together, or is not well formed, which pass made it."""
+    try:
+        yield
     except VerificationError as error:
-        raise VerificationError(f"pass {one.name} broke the program: {error}; pass developer: mend the pass") from error
+        raise VerificationError(
+            f"pass {one.name} broke the program: {error}; pass developer: mend the pass",
+            method=error.method,
+            place=error.place,
+        ) from error
 
 
 def _result(one: Pass, logs: Sequence[MatchLog], *, changed: bool, seconds: float, started: float) -> PassResult:

@@ -1,7 +1,11 @@
 """Pipelines as text: ``static-kv-cache{max=2048},swap-sdpa,capture,last-token-logits``.
 
 A pipeline is a sequence of passes; ``capture`` stands between source transforms and the rest. The text and
-the sequence are two forms of one thing: `parse` reads what `format_pipeline` prints.
+the sequence are two forms of one thing: `parse` reads what `str` prints.
+
+Options are the fields of a pass, written ``option=value``: `int`, `float`, `bool` (``true``, ``false``), `str`, a
+`Literal`, or one of these or None, which is not written. The elements of a field ``tuple[X, ...]``, where X has a
+classmethod `parse` that raises `UsageError`, are written bare: ``assert-cost{decode.bytes<=60MB,prefill.flops<=2G}``.
 """
 
 from __future__ import annotations
@@ -10,18 +14,18 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
 
 from triptych.compiler.pass_kinds import GraphPass, Pass, ProgramPass, SourceTransform
 from triptych.compiler.properties import Property
 from triptych.compiler.registry import find_pass
-from triptych.errors import PipelineError
+from triptych.errors import PipelineError, UsageError
 
 CAPTURE: Final = "capture"
 _STEP: Final = re.compile(r"\s*(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)\s*(?P<options>\{[^{}]*\})?\s*")
-_OPTION: Final = re.compile(r"\s*(?P<key>[a-z_][a-z0-9_]*)\s*=\s*(?P<value>[^,=\s{}]+)\s*")
+_OPTION: Final = re.compile(r"\s*(?P<key>[a-z_][a-z0-9_]*)\s*=\s*(?P<value>[^,\s{}]+)\s*")
 
 
 @dataclass(frozen=True)
@@ -143,27 +147,67 @@ def _check_order(passes: Sequence[Pass]) -> None:
 
 
 def _step(text: str, match: re.Match[str]) -> Pass | None:
-    name, options = match["name"], match["options"]
+    name = match["name"]
     if name == CAPTURE:
-        if options:
+        if match["options"]:
             raise _error(text, match.start("options"), "'capture' has no options")
         return None
     pass_class = find_pass(name)
-    values: dict[str, object] = {}
-    if options is not None:
-        start = match.start("options") + 1
-        for part in _split(options[1:-1], start):
-            option = _OPTION.fullmatch(part.text)
-            if option is None:
-                raise _error(text, part.position, f"expected option=value, found {part.text.strip()!r}")
+    values = _options(text, match, pass_class)
+    for field in dataclasses.fields(pass_class):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            form = "…" if _item_class(_kinds(pass_class)[field.name]) else f"{field.name}=…"
+            raise _error(text, match.start("name"), f"{name} needs the option {field.name}: {name}{{{form}}}")
+    return pass_class(**values)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@runtime_checkable
+class _Item(Protocol):
+    """The class of the elements of an option that is written bare: `parse` reads what `str` prints."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self: ...
+
+
+def _kinds(pass_class: type[Pass]) -> dict[str, Any]:
+    """Return the types of the options by name."""
+    fields = dataclasses.fields(pass_class)
+    # Where there are no options, annotations that only a type checker can resolve do no harm.
+    hints = typing.get_type_hints(pass_class) if fields else {}
+    return {field.name: hints[field.name] for field in fields}
+
+
+def _item_class(kind: Any) -> type[_Item] | None:
+    """Return the class X of an option of type ``tuple[X, ...]`` whose elements are written bare, or None."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and len(arguments) == 2 and isinstance(arguments[0], _Item):
+        return typing.cast("type[_Item]", arguments[0])
+    return None
+
+
+def _options(text: str, match: re.Match[str], pass_class: type[Pass]) -> dict[str, Any]:
+    """Read the options of one step; what is not ``option=value`` is an element of the pass's bare option."""
+    kinds = _kinds(pass_class)
+    bare, item = next(((key, found) for key, kind in kinds.items() if (found := _item_class(kind))), ("", None))
+    values: dict[str, Any] = {}
+    for part in _split(match["options"] or "{}", match.start("options")):
+        option = _OPTION.fullmatch(part.text)
+        if option is not None:
             key = option["key"]
             if key in values:
                 raise _error(text, part.position, f"option {key!r} is given twice")
             values[key] = _value(text, part.position, pass_class, key, option["value"])
-    for field in dataclasses.fields(pass_class):
-        if field.name not in values and field.default is dataclasses.MISSING:
-            raise _error(text, match.start("name"), f"{name} needs the option {field.name}: {name}{{{field.name}=…}}")
-    return pass_class(**values)
+        elif item is not None and part.text:
+            try:
+                values[bare] = (*values.get(bare, ()), item.parse(part.text))
+            except UsageError as error:
+                raise _error(text, part.position, str(error)) from error
+        else:
+            raise _error(text, part.position, f"expected option=value, found {part.text!r}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -172,22 +216,28 @@ class _Part:
     position: int
 
 
-def _split(body: str, position: int) -> Iterable[_Part]:
+def _split(options: str, position: int) -> Iterator[_Part]:
+    """Yield what stands between the commas of ``{…}``, without white space around it, and where it stands."""
+    body, position = options[1:-1], position + 1
     for part in body.split(",") if body.strip() else []:
-        yield _Part(part, position)
+        yield _Part(part.strip(), position + len(part) - len(part.lstrip()))
         position += len(part) + 1
 
 
 def _value(text: str, position: int, pass_class: type[Pass], key: str, written: str) -> object:
-    kinds = typing.get_type_hints(pass_class)
-    fields = {field.name for field in dataclasses.fields(pass_class)}
-    if key not in fields:
-        known = ", ".join(sorted(fields)) or "none"
+    kinds = _kinds(pass_class)
+    if key not in kinds:
+        known = ", ".join(sorted(kinds)) or "none"
         raise _error(text, position, f"{pass_class.name} has no option {key!r}; its options: {known}")
     kind = kinds[key]
+    if _item_class(kind):
+        raise _error(text, position, f"the {key} of {pass_class.name} are written without '{key}='")
     allowed = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    if bool in allowed and written in ("true", "false"):
-        return written == "true"
+    choices = [choice for one in allowed if typing.get_origin(one) is Literal for choice in typing.get_args(one)]
+    choices += [True, False] if bool in allowed else []
+    for choice in choices:
+        if written == _printed(choice):
+            return choice
     for number in (int, float):
         if number in allowed:
             try:
@@ -196,18 +246,39 @@ def _value(text: str, position: int, pass_class: type[Pass], key: str, written: 
                 continue
     if str in allowed:
         return written
-    expected = " or ".join(one.__name__ for one in allowed if one is not type(None))
+    spelled_out = (bool, types.NoneType)
+    names = [one.__name__ for one in allowed if typing.get_origin(one) is not Literal and one not in spelled_out]
+    expected = " or ".join([*map(_printed, choices), *names])
     raise _error(text, position, f"option {key!r} of {pass_class.name} is {written!r}; expected {expected}")
 
 
 def format_pass(one: Pass) -> str:
-    """Print a pass with the options that differ from their defaults."""
+    """Print a pass with the options that differ from their defaults, so that `parse` reads the same pass.
+
+    Raises `PipelineError` for an option that no text gives back, such as one with a comma in it.
+    """
     options = [
-        f"{field.name}={_printed(getattr(one, field.name))}"
-        for field in dataclasses.fields(one)
-        if getattr(one, field.name) != field.default
+        _option_text(one, field.name) for field in dataclasses.fields(one) if getattr(one, field.name) != field.default
     ]
     return f"{one.name}{{{','.join(options)}}}" if options else one.name
+
+
+def _option_text(one: Pass, name: str) -> str:
+    value = getattr(one, name)
+    is_bare = _item_class(_kinds(type(one))[name]) is not None
+    option = ",".join(map(str, value)) if is_bare else f"{name}={_printed(value)}"
+    text = f"{one.name}{{{option}}}"
+    match = _STEP.fullmatch(text)
+    try:
+        read = None if match is None else _options(text, match, type(one)).get(name)
+    except PipelineError:
+        read = None
+    if read is None or read != value:
+        raise PipelineError(
+            f"option {name!r} of {one.name} is {value!r}, which no pipeline text gives back; choose a value of its "
+            "type that is not empty and has no comma, brace or white space"
+        )
+    return option
 
 
 def _printed(value: object) -> str:
