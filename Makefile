@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-real lint types contracts unit format clean clean-all
+.PHONY: help install demo docs test test-real lint types contracts unit format clean clean-all
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -48,12 +48,15 @@ unit: $(INSTALLED)
 test-real: $(INSTALLED)  ## Tests on whole real checkpoints, fetched by exact version and sha256
 	"$(BIN)/python" -m pytest -m real --numprocesses 2 --dist loadfile --durations=10
 
+docs: $(INSTALLED)  ## Write a page for every registered pass into docs/passes
+	"$(BIN)/triptych" passes show --out docs/passes
+
 format: $(INSTALLED)  ## Rewrite the sources in the project's format
 	"$(BIN)/ruff" check --fix-only .
 	"$(BIN)/ruff" format .
 
 clean:  ## Remove what was built and cached; .venv and fetched checkpoints stay
-	rm -rf build dist demo-output src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist demo-output docs/passes src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find benchmarks compiler modules passes runtime src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 clean-all: clean  ## Also remove .venv and the fetched checkpoints

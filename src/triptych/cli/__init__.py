@@ -10,6 +10,7 @@ from triptych import __version__
 from triptych.cli.demo import demo
 from triptych.cli.export import export
 from triptych.cli.inspect import inspect
+from triptych.cli.passes import passes
 from triptych.cli.run import run
 from triptych.cli.verify import verify
 from triptych.errors import TriptychError, UsageError
@@ -23,7 +24,7 @@ def commands() -> None:
     """Compile multimodal PyTorch models into artifacts and run them."""
 
 
-for command in (export, run, inspect, verify, demo):
+for command in (export, run, inspect, verify, passes, demo):
     commands.add_command(command)
 
 
