@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Final
 import torch
 from safetensors.torch import save_file
 
+from triptych.compiler.folders import check_replaceable, folder_beside
 from triptych.compiler.program import Program, StateRow, Weight
 from triptych.compiler.targets.base import Emission, Target
 from triptych.errors import ArtifactError
@@ -57,7 +57,7 @@ def describe(program: Program, target: Target, *, recipe: str, pipeline: str, ha
         target=target.name,
         recipe=recipe,
         pipeline=pipeline,
-        versions=dict(_versions()),
+        versions=dict(package_versions()),
         provenance=metadata.provenance,
     )
 
@@ -87,7 +87,8 @@ def _weight_row(weight: Weight) -> WeightRow:
     )
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def package_versions() -> Iterator[tuple[str, str]]:
+    """Yield the packages that shape an artifact, each with its version, where installed."""
     for package in RECORDED_PACKAGES:
         try:
             yield package, version(package)
@@ -97,11 +98,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def check_destination(destination: Path) -> None:
     """Raise `ArtifactError` where `destination` holds something that is no artifact and would be lost."""
-    if destination.is_dir():
-        if any(destination.iterdir()) and not (destination / MANIFEST_NAME).is_file():
-            raise ArtifactError(f"{destination} exists and is no artifact; choose another folder or empty it")
-    elif destination.exists():
-        raise ArtifactError(f"{destination} exists and is no folder; choose another path")
+    check_replaceable(destination, MANIFEST_NAME, "artifact")
     parent = next(folder for folder in destination.resolve().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ArtifactError(
@@ -119,7 +116,7 @@ def write(
     """
     destination = destination.resolve()
     check_destination(destination)
-    with _folder_beside(destination) as folder:
+    with folder_beside(destination) as folder:
         emission.write(folder)
         stored = {
             row.name: program.state[row.name].initial.contiguous() for row in manifest.state if row.initial == "file"
@@ -137,49 +134,3 @@ def write(
         whole = dataclasses.replace(manifest, files=records)
         (folder / MANIFEST_NAME).write_text(whole.to_json(), encoding="utf-8")
     return Artifact(destination, whole)
-
-
-@contextmanager
-def _folder_beside(destination: Path) -> Iterator[Path]:
-    """Give a fresh folder that takes `destination`'s place when the block ends, and vanishes when it fails."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(destination)
-    folder = destination.with_name(f".{destination.name}.new-{os.getpid()}")
-    old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        if destination.exists():
-            destination.rename(old)
-        folder.rename(destination)
-    except BaseException:
-        if old.exists() and not destination.exists():
-            old.rename(destination)
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sweep(destination: Path) -> None:
-    """Remove what killed exports left beside `destination`; bring back an artifact that was half replaced."""
-    for kind in ("old", "new"):
-        for left in destination.parent.glob(f".{destination.name}.{kind}-*"):
-            pid = left.name.rpartition("-")[2]
-            # The own number is a leftover of another process that had it: this one has not begun yet.
-            if not pid.isdigit() or (int(pid) != os.getpid() and _is_running(int(pid))):
-                continue
-            if kind == "old" and not destination.exists():
-                left.rename(destination)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

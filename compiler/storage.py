@@ -5,13 +5,16 @@
     program.json            metadata, methods with roles and ports, where each tensor lies
     methods/NAME.json       the graph of a method in torch's export schema, without tensors
     storages.safetensors    each storage once, as a flat tensor
+
+Where nodes come from (`triptych.compiler.provenance`) is written on request only: source locations are paths of
+one machine, which artifacts must not carry. The eager engine of the runtime reads the same folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +26,10 @@ from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_
 from torch.export import ExportedProgram
 
 from triptych.compiler.editing import bound_tensor, storage_identity, tensor_names
+from triptych.compiler.folders import check_replaceable, folder_beside
 from triptych.compiler.model import Metadata
 from triptych.compiler.program import Method, Program
+from triptych.compiler.provenance import CAPTURE, MADE_BY, made_by
 from triptych.compiler.roles import Role
 from triptych.compiler.verifier import verify
 from triptych.errors import ArtifactError
@@ -35,32 +40,19 @@ PROGRAM_FILE: Final = "program.json"
 STORAGES_FILE: Final = "storages.safetensors"
 FORMAT: Final = "triptych-program"
 FORMAT_VERSION: Final = 1
+LOCATIONS: Final = ("stack_trace", "nn_module_stack")
 
 
-def save(program: Program, folder: Path) -> None:
-    """Write `program` into `folder`, which is made. Custom operators stay names: loading needs their library."""
-    (folder / "methods").mkdir(parents=True, exist_ok=True)
-    storages: dict[str, Tensor] = {}
-    keys: dict[int, str] = {}
-    methods = {}
-    for name, method in program.methods.items():
-        (folder / _graph_file(name)).write_bytes(_graph_json(method.exported))
-        methods[name] = {
-            "roles": sorted(map(str, method.roles)),
-            "inputs": [dataclasses.asdict(port) for port in method.inputs],
-            "outputs": [dataclasses.asdict(port) for port in method.outputs],
-            "graph": _graph_file(name),
-            "tensors": {fqn: _place(method.exported, fqn, storages, keys) for fqn in tensor_names(method.exported)},
-        }
-    tables = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "metadata": dataclasses.asdict(program.metadata),
-        "methods": methods,
-        "state": sorted(program.state),
-    }
-    save_file(storages, folder / STORAGES_FILE)
-    (folder / PROGRAM_FILE).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+def save(program: Program, folder: Path, *, locations: bool = False) -> None:
+    """Write `program` as `folder`, replacing a program that stands there; an interruption leaves the old one or none.
+
+    With `locations` nodes keep their layer, source line and pass. Custom operators stay names: loading needs their
+    library. Raises `ArtifactError` where something else is in the way.
+    """
+    folder = folder.resolve()
+    check_replaceable(folder, PROGRAM_FILE, "program")
+    with folder_beside(folder) as fresh:
+        save_file(write_graphs(program, fresh, locations=locations), fresh / STORAGES_FILE)
 
 
 def load(folder: Path) -> Program:
@@ -68,19 +60,50 @@ def load(folder: Path) -> Program:
 
     Raises `ArtifactError` for a folder that holds none, or a damaged one.
     """
-    path = folder / PROGRAM_FILE
-    if not path.is_file():
+    if not (folder / PROGRAM_FILE).is_file():
         raise ArtifactError(f"{folder} holds no program: it has no {PROGRAM_FILE}")
     try:
-        tables = dict(json.loads(path.read_text(encoding="utf-8")))
-        _check_format(tables)
-        storages = load_file(folder / STORAGES_FILE)
-        methods = {name: _method(folder, data, storages) for name, data in tables["methods"].items()}
-        program = Program.build(methods, _metadata(tables["metadata"]))
+        program = read_graphs(folder, load_file(folder / STORAGES_FILE))
     except Exception as error:  # whatever damaged bytes lead torch and safetensors to raise
         raise ArtifactError(f"the program in {folder} is damaged: {type(error).__name__} {error}") from error
     verify(program)
     return program
+
+
+def write_graphs(program: Program, folder: Path, *, locations: bool) -> dict[str, Tensor]:
+    """Write graphs and tables into `folder`, which is there, and return the storages: a name and a flat tensor each."""
+    (folder / "methods").mkdir()
+    storages: dict[str, Tensor] = {}
+    keys: dict[int, str] = {}
+    methods: dict[str, dict[str, Any]] = {}
+    for name, method in program.methods.items():
+        (folder / _graph_file(name)).write_bytes(_graph_json(method.exported, locations=locations))
+        methods[name] = {
+            "roles": sorted(map(str, method.roles)),
+            "inputs": [dataclasses.asdict(port) for port in method.inputs],
+            "outputs": [dataclasses.asdict(port) for port in method.outputs],
+            "graph": _graph_file(name),
+            "tensors": {fqn: _place(method.exported, fqn, storages, keys) for fqn in tensor_names(method.exported)},
+        }
+        if locations:
+            methods[name]["made_by"] = {node.name: made_by(node) for node in method.exported.graph.nodes}
+    tables = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "metadata": dataclasses.asdict(program.metadata),
+        "methods": methods,
+        "state": sorted(program.state),
+    }
+    (folder / PROGRAM_FILE).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    return storages
+
+
+def read_graphs(folder: Path, storages: Mapping[str, Tensor]) -> Program:
+    """Return the program of graphs and tables in `folder` over `storages`; raises many kinds of errors on damage."""
+    tables = dict(json.loads((folder / PROGRAM_FILE).read_text(encoding="utf-8")))
+    _check_format(tables)
+    methods = {name: _method(folder, data, storages) for name, data in tables["methods"].items()}
+    return Program.build(methods, _metadata(tables["metadata"]))
 
 
 def _check_format(tables: Mapping[str, Any]) -> None:
@@ -93,26 +116,29 @@ def _graph_file(name: str) -> str:
     return f"methods/{name}.json"
 
 
-def _graph_json(exported: ExportedProgram) -> bytes:
-    """Return the graph alone; debugging metadata (source paths of one machine) stays out."""
+def _graph_json(exported: ExportedProgram, *, locations: bool) -> bytes:
+    """Return the graph alone, with the debugging metadata that is asked for and no other."""
     bare = serialize(
         exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
     ).exported_program
     data = json.loads(bare)
-    _drop_source_locations(data)
+    _keep_metadata(data, {"torch_fn", *(LOCATIONS if locations else ())})
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _drop_source_locations(data: Any) -> None:
+def _keep_metadata(data: Any, kept: Collection[str]) -> None:
+    """Drop what readers do not get back either: other metadata, and the storage offsets of views."""
     if isinstance(data, dict):
+        if "storage_offset" in data:
+            data["storage_offset"] = {"as_int": 0}
         metadata = data.get("metadata")
         if "target" in data and isinstance(metadata, dict):
-            data["metadata"] = {key: value for key, value in metadata.items() if key == "torch_fn"}
+            data["metadata"] = {key: value for key, value in metadata.items() if key in kept}
         for value in data.values():
-            _drop_source_locations(value)
+            _keep_metadata(value, kept)
     elif isinstance(data, list):
         for value in data:
-            _drop_source_locations(value)
+            _keep_metadata(value, kept)
 
 
 def _place(exported: ExportedProgram, name: str, storages: dict[str, Tensor], keys: dict[int, str]) -> dict[str, Any]:
@@ -141,12 +167,24 @@ def _method(folder: Path, data: Mapping[str, Any], storages: Mapping[str, Tensor
         tensors[place["kind"]][name] = _bind(place, storages)
     graph = _dict_to_dataclass(schema.ExportedProgram, json.loads((folder / data["graph"]).read_text(encoding="utf-8")))
     exported = ExportedProgramDeserializer().deserialize(graph, tensors["state_dict"], tensors["constants"])
+    if "made_by" in data:
+        _restore_provenance(exported, data["made_by"])
     return Method(
         exported,
         frozenset(Role.parse(role) for role in data["roles"]),
         tuple(_port(port) for port in data["inputs"]),
         tuple(_port(port) for port in data["outputs"]),
     )
+
+
+def _restore_provenance(exported: ExportedProgram, makers: Mapping[str, str]) -> None:
+    """Name the passes that made nodes; `makers` has every node, so what torch added for unused results goes."""
+    for node in reversed(list(exported.graph.nodes)):
+        if node.name not in makers and not node.users:
+            exported.graph.erase_node(node)
+        elif makers[node.name] != CAPTURE:
+            node.meta[MADE_BY] = makers[node.name]
+    exported.graph_module.recompile()
 
 
 def _bind(place: Mapping[str, Any], storages: Mapping[str, Tensor]) -> Tensor:

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch._C import DispatchKey
 
+from triptych.compiler.custom_operators import TORCH_NAMESPACES
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.pass_kinds import GraphPass, MatchLog
 from triptych.compiler.program import Method
 from triptych.modules.operators import REFERENCE_KERNELS
-
-TORCH_NAMESPACES = ("aten", "prim", "prims", "higher_order")
 
 
 @dataclass(frozen=True)

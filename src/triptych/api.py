@@ -42,6 +42,7 @@ def export(
     pipeline: PipelineLike | None = None,
     max_context: int | None = None,
     abi: str = "triptych",
+    cache: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Artifact: ...
 
@@ -55,6 +56,7 @@ def export(
     pipeline: PipelineLike | None = None,
     max_context: int | None = None,
     abi: str | None = None,
+    cache: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Source | Artifact:
     """Export a model: stage by stage, or with `out` all at once.
@@ -69,6 +71,8 @@ def export(
             "capture". A recipe in it (``quantize{recipe=…}``) excludes `recipe`.
         max_context: positions the program is built for; default: what the model allows, at most 2,048.
         abi: entry-point contract, "triptych" (default).
+        cache: folder that keeps the program after each step, with `out` only. The next export goes on after the last
+            step for which nothing has changed: model, passes, options, versions. It may be deleted at any time.
         progress: hears the name of each stage as it begins.
 
     Raises:
@@ -76,7 +80,7 @@ def export(
         ModelError, LoweringError, ArtifactError: as their names say; nothing is left half-written.
     """
     if out is None:
-        given = {"target": target, "recipe": recipe, "pipeline": pipeline, "abi": abi}
+        given = {"target": target, "recipe": recipe, "pipeline": pipeline, "abi": abi, "cache": cache}
         useless = [name for name, value in given.items() if value is not None]
         if useless:
             raise UsageError(f"export without out= returns the first stage and ignores {', '.join(useless)}; add out=")
@@ -89,6 +93,7 @@ def export(
         pipeline=pipeline,
         max_context=max_context,
         abi=abi or "triptych",
+        cache=None if cache is None else Path(cache),
         progress=progress,
     )
 
@@ -102,11 +107,13 @@ def _export_whole(
     pipeline: PipelineLike | None,
     max_context: int | None,
     abi: str,
+    cache: Path | None,
     progress: Callable[[str], None] | None,
 ) -> Artifact:
     from triptych.compiler.artifact import check_destination
     from triptych.compiler.pipeline import as_pipeline
     from triptych.compiler.quantize.recipes import check, find_recipe
+    from triptych.compiler.stage_cache import StageCache, run
     from triptych.compiler.stages import recipe_of
     from triptych.compiler.targets.base import find_target
 
@@ -119,12 +126,14 @@ def _export_whole(
         chosen_recipe = recipe_of(chosen)
     chosen_target.check(chosen_recipe)
     check_destination(out)
+    if cache is not None and cache.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"the cache {cache} lies in {out}, which the artifact replaces; choose another folder for it")
+    stage_cache = None if cache is None else StageCache(cache)
     source = _source(model, max_context, progress)
     check(source.model, chosen_recipe)
     if chosen is None:
         chosen = as_pipeline(default_pipeline(source.model.metadata.max_context, chosen_recipe.name))
-    captured = source.transform(chosen.source).capture().rewrite(chosen.program)
-    return captured.lower(chosen_target).save(out)
+    return run(source, chosen, stage_cache).lower(chosen_target).save(out)
 
 
 def _checked_pipeline(pipeline: Pipeline, recipe: str | None, max_context: int | None) -> Pipeline:

@@ -77,7 +77,7 @@ def test_run_tells_everything_as_json(triptych: Command, tmp_path: Path) -> None
     assert added == {"aten.select.int", "aten.slice.Tensor"}
     assert any("+    aten.select.int" in text for text in found["texts"])
     assert len(json.loads((tmp_path / "p.json").read_text())["graphs"]) == 4
-    assert "decode" in triptych("inspect", tmp_path / "saved").out
+    assert "decode" in triptych("inspect", tmp_path / "program").out
 
 
 def test_an_unknown_dimension_is_one_line(triptych: Command) -> None:

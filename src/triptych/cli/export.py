@@ -24,8 +24,22 @@ from triptych.cli.console import Stages, quiet_libraries
     "--max-context", type=int, default=None, help="Positions to build for. Default: the model's own, at most 2048."
 )
 @click.option("--abi", default="triptych", show_default=True, help="Contract of the entry points.")
+@click.option(
+    "--cache",
+    default=None,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder that keeps finished steps, so that the next export goes on where it first differs. Default: none.",
+)
 def export(
-    model: Path, out: Path, target: str, recipe: str | None, pipeline: str | None, max_context: int | None, abi: str
+    model: Path,
+    out: Path,
+    target: str,
+    recipe: str | None,
+    pipeline: str | None,
+    max_context: int | None,
+    abi: str,
+    cache: Path | None,
 ) -> None:
     """Compile MODEL, a Hugging Face checkpoint folder, into an artifact."""
     quiet_libraries()
@@ -40,6 +54,7 @@ def export(
             pipeline=pipeline,
             max_context=max_context,
             abi=abi,
+            cache=cache,
             progress=stages,
         )
     size = sum(record.bytes for record in artifact.manifest.files.values())
