@@ -7,7 +7,7 @@ search runs the real pass on the real program and is judged by the same oracle.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from triptych.compiler import manager
@@ -40,10 +40,23 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a pass: its first `limit` matches, all where that is None, in `method` ("" but for graph passes)."""
+
+    method: str
+    limit: int | None = None
+
+    def select(self, method: str, number: int) -> bool:
+        """Let through what belongs to the part."""
+        return method == self.method and (self.limit is None or number < self.limit)
+
+
+@dataclass(frozen=True)
 class Culprit:
     """The first guilty step: a pass or "capture", by its place in the pipeline.
 
-    `method` and `match` narrow it down as far as the step can be applied in part. `reason` is what is wrong when
+    `method` and `match` narrow it down as far as the step can be applied in part; `part` is the least part that is
+    wrong, its last match the guilty one, or None where only the whole step is. `reason` is what is wrong when
     everything before the step and that part of it are applied; `before` is what the step was given.
     """
 
@@ -51,9 +64,10 @@ class Culprit:
     index: int
     reason: str
     before: Model | Program
-    guilty: Pass | None = None
+    guilty: Step = None
     method: str | None = None
     match: Match | None = None
+    part: Part | None = None
 
     def __str__(self) -> str:
         place = f", in {self.method}" if self.method else ""
@@ -63,36 +77,64 @@ class Culprit:
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """A stage of the compilation with what judges it: the model or program, its oracle, the tolerance declared."""
+class Stage:
+    """A stage of the compilation with what judges it: the model or program, its oracle, the tolerance declared.
+
+    `promised` are the source transforms so far; what they ensure can be checked once the model is captured.
+    """
 
     subject: Model | Program
     oracle: Oracle
-    declared: Tolerance | None
+    declared: Tolerance | None = None
+    promised: tuple[SourceTransform, ...] = ()
 
     def problem(self) -> Problem | None:
-        """Play every trace."""
-        failure = first_failure(judge(self.oracle, self.subject, self.declared))
+        """Play every trace; a call that fails is a problem too."""
+        try:
+            failure = first_failure(judge(self.oracle, self.subject, self.declared))
+        except TriptychError as error:
+            return _problem_of(error)
         if failure is None:
             return None
         return Problem(str(failure), None if failure.role is None else _method_with(self.subject, failure.role))
 
-    def after(self, step: Step, select: Select | None = None) -> _Stage:
+    def after(self, step: Step, select: Select | None = None) -> Stage:
         """Apply `step`, or the part of it that `select` lets through."""
+        subject = apply_step(step, self.subject, select, self.promised)
         if step is None:
-            assert isinstance(self.subject, Model)
-            program = capture(self.subject)
-            verify(program)
-            return _Stage(program, self.oracle, self.declared)
-        if isinstance(step, SourceTransform):
-            assert isinstance(self.subject, Model)
-            model, _ = manager.run_source(self.subject, [step], select=select)
-            if QUANTIZED in step.ensures:
-                return _Stage(model, self.oracle.of_quantized(model), self.declared)
-            return _Stage(model, self.oracle, wider(step.tolerances["float32"], self.declared))
-        assert isinstance(self.subject, Program)
-        program, _ = manager.run_program(self.subject, [step], select=select)
-        return _Stage(program, self.oracle, wider(step.tolerances["float32"], self.declared))
+            return Stage(subject, self.oracle, self.declared)
+        promised = (*self.promised, step) if isinstance(step, SourceTransform) else ()
+        if QUANTIZED in step.ensures and isinstance(subject, Model):
+            return Stage(subject, self.oracle.of_quantized(subject), self.declared, promised)
+        return Stage(subject, self.oracle, wider(step.tolerances["float32"], self.declared), promised)
+
+
+def apply_step(
+    step: Step, subject: Model | Program, select: Select | None = None, promised: Sequence[SourceTransform] = ()
+) -> Model | Program:
+    """Return what `step`, or the part of it that `select` lets through, makes of `subject`, held to its contract.
+
+    What the `promised` source transforms ensure is checked where `step` is the capture.
+    """
+    if step is None:
+        assert isinstance(subject, Model), "a program is captured already"
+        program = capture(subject)
+        verify(program)
+        for one in promised:
+            manager.check_ensured(one, program)
+        return program
+    if isinstance(step, SourceTransform):
+        assert isinstance(subject, Model), "source transforms come before capture"
+        model, _ = manager.run_source(subject, [step], select=select)
+        return model
+    assert isinstance(subject, Program), "graph and program passes come after capture"
+    program, _ = manager.run_program(subject, [step], select=select)
+    return program
+
+
+def steps_of(pipeline: Pipeline) -> list[Step]:
+    """Return the steps of `pipeline` in order; `Culprit.index` counts in them."""
+    return [*pipeline.source, *([None] if pipeline.captures else []), *pipeline.program]
 
 
 def bisect(
@@ -103,10 +145,10 @@ def bisect(
     `subject` is the model that `oracle` knows, or a program captured from it and graph passes to run on that.
     Raises `UsageError` where the pipeline is empty, and where the subject fails the traces before any pass.
     """
-    steps: list[Step] = [*pipeline.source, *([None] if pipeline.captures else []), *pipeline.program]
+    steps = steps_of(pipeline)
     if not steps:
         raise UsageError("the pipeline is empty; there is nothing to search")
-    stages = [_Stage(subject, oracle, None)]
+    stages = [Stage(subject, oracle)]
     own = stages[0].problem()
     if own is not None:
         raise UsageError(f"the traces fail before any pass: {own.reason}; begin the search earlier")
@@ -131,7 +173,7 @@ def bisect(
     return _narrowed(stages[good], steps, good, problem, report)
 
 
-def _narrowed(before: _Stage, steps: list[Step], index: int, problem: Problem, report: Report) -> Culprit:
+def _narrowed(before: Stage, steps: list[Step], index: int, problem: Problem, report: Report) -> Culprit:
     """Find the method and the match; a pass that cannot be taken apart is named whole."""
     guilty = steps[index]
     if guilty is None:
@@ -139,32 +181,31 @@ def _narrowed(before: _Stage, steps: list[Step], index: int, problem: Problem, r
     subject = before.subject
     methods = list(subject.methods) if isinstance(guilty, GraphPass) and isinstance(subject, Program) else [""]
 
-    def apply(method: str, limit: int | None) -> Problem | None:
-        def select(where: str, number: int) -> bool:
-            return where == method and (limit is None or number < limit)
-
+    def apply(part: Part) -> Problem | None:
         try:
-            return before.after(guilty, select).problem()
+            return before.after(guilty, part.select).problem()
         except TriptychError as error:
             return _problem_of(error)
 
-    for method in methods:
+    # What fails with every match held back fails in no method and at no match of its own.
+    for method in methods if apply(Part("", 0)) is None else []:
         report(f"{_name(guilty)} in {method or 'the model'} alone")
-        alone = apply(method, None)
+        whole = Part(method)
+        alone = apply(whole)
         if alone is None:
             continue
         named = method or alone.method
         total = len(_announced(guilty, subject, method, None))
-        if guilty.indivisible or apply(method, 0) is not None or not total:
-            return Culprit(_name(guilty), index, alone.reason, subject, guilty, named)
+        if guilty.indivisible or not total:
+            return Culprit(_name(guilty), index, alone.reason, subject, guilty, named, part=whole)
         good, bad, reason = 0, total, alone.reason
         while bad - good > 1:
             middle = (good + bad) // 2
             report(f"{_name(guilty)} in {method or 'the model'}, {middle} of {total} matches")
-            found = apply(method, middle)
+            found = apply(Part(method, middle))
             good, bad, reason = (middle, bad, reason) if found is None else (good, middle, found.reason)
         match = _announced(guilty, subject, method, bad)[-1]
-        return Culprit(_name(guilty), index, reason, subject, guilty, named, match)
+        return Culprit(_name(guilty), index, reason, subject, guilty, named, match, Part(method, bad))
     place = Match(problem.place, problem.method) if problem.place is not None else None
     return Culprit(_name(guilty), index, problem.reason, subject, guilty, problem.method, place)
 

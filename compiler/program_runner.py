@@ -5,7 +5,8 @@ Both play call traces, so the oracle judges every stage of a compilation as it j
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,21 @@ from triptych.compiler.capture import bound_forward
 from triptych.compiler.editing import bound_names, bound_tensor
 from triptych.compiler.model import EntryPoint, Model
 from triptych.compiler.program import Method, Program
-from triptych.errors import VerificationError
+from triptych.errors import TriptychError, VerificationError
 from triptych.modules.routing import HANDLER_NAME
+
+
+@contextmanager
+def _failures_named(method: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Turn whatever torch raises inside into one `VerificationError` with the method and the shapes it was given."""
+    try:
+        yield
+    except TriptychError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise VerificationError(f"{method} fails on inputs of {shapes}: {reason}", method=method) from error
 
 
 class ProgramRunner:
@@ -42,13 +56,8 @@ class ProgramRunner:
         """Run a method on inputs by name and return its outputs by name."""
         chosen = self._methods[method]
         arguments = [*self._bound[method], *(tensors[port.name] for port in chosen.inputs)]
-        try:
-            with torch.no_grad():
-                results = chosen.exported.graph_module(*arguments)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-            raise VerificationError(f"{method} fails on inputs of {shapes}: {reason}", method=method) from error
+        with _failures_named(method, tensors), torch.no_grad():
+            results = chosen.exported.graph_module(*arguments)
         return {port.name: value for port, value in zip(chosen.outputs, results, strict=True)}
 
     def reset_state(self) -> None:
@@ -105,7 +114,7 @@ class ModelRunner:
     def run(self, method: str, **tensors: Tensor) -> dict[str, Tensor]:
         """Run an entry point on inputs by name and return its outputs by name."""
         entry = self._entries[method]
-        with torch.no_grad():
+        with _failures_named(method, tensors), torch.no_grad():
             results = bound_forward(self._module, entry)(*(tensors[port.name] for port in entry.inputs))
         outputs = results if isinstance(results, (tuple, list)) else (results,)
         return {port.name: value for port, value in zip(entry.outputs, outputs, strict=True)}

@@ -121,9 +121,14 @@ def reference(model: Model, trace: CallTrace) -> TraceOutputs:
 def replay(runner: Runs, trace: CallTrace, methods: Mapping[str, str]) -> TraceOutputs:
     """Play `trace` on `runner` from its initial state; `methods` maps roles to method names.
 
-    Outputs have the labels that `reference` gives; logits are those of the last position.
+    The slots of key-value rows begin with something in them, as they do once a session was truncated: no slot may be
+    read before this conversation has written it, and none may add to what it held. Outputs have the labels that
+    `reference` gives; logits are those of the last position.
     """
     runner.reset_state()
+    for name, row in runner.state.items():
+        if HANDLER_NAME in name.split("."):
+            row.fill_(1)
     outputs: dict[str, Tensor] = {}
     images = []
     for index, pixels in enumerate(trace.pixel_values):

@@ -31,6 +31,13 @@ TURNS: Final = tuple(
     for counts in ((9, 8, 3, 7, 3), (3, 2, 1, 2, 1))
 )
 
+WHOLE_CONTEXTS: Final = range(128, 301)
+"""Context lengths that one conversation fills to the last slot.
+
+Positions in a type that is too narrow go wrong at 128, a table or a mask that is one short at the last slot. The other
+conversations come near the end of a shorter context, and a longer one has room for a prompt of 300.
+"""
+
 TEXT: Final = (
     "A ship left the harbour at dawn. Its captain had counted the crates twice: forty-two of tea, seven of "
     "porcelain, and one, unlabelled, that nobody would open. 'Keep it dry,' the merchant had said, and paid in "
@@ -85,8 +92,8 @@ def subject_of(model: Model) -> Subject:
 def make_plans(subject: Subject, tokens: int, prompt_lengths: Sequence[int] = PROMPT_LENGTHS) -> list[TracePlan]:
     """Plan text and random ids after prompts of each length, two prefills and a second turn, and images.
 
-    `tokens` positions are decoded after each prompt; prompts that do not fit the context are left out. Raises
-    `UsageError` where none fits.
+    A context of a length in `WHOLE_CONTEXTS` is filled once to its last slot. `tokens` positions are decoded after
+    each prompt; prompts that do not fit the context are left out. Raises `UsageError` where none fits.
     """
     fitting = [length for length in prompt_lengths if length + tokens <= subject.max_context]
     if not fitting or tokens < 1:
@@ -108,6 +115,10 @@ def make_plans(subject: Subject, tokens: int, prompt_lengths: Sequence[int] = PR
         turns = fitting_turns[0]
         length = sum(step.count for step in turns)
         plans.append(TracePlan("chunked prefill, second turn", turns, partial(_random_tokens, subject, length)))
+    if subject.max_context in WHOLE_CONTEXTS:
+        steps = (Step("prefill", subject.max_context - tokens), Step("decode", tokens))
+        drawn = partial(_random_tokens, subject, subject.max_context)
+        plans.append(TracePlan("whole context", steps, drawn))
     if subject.image is not None and subject.pictures is not None:
         plans += _image_plans(subject, subject.image, subject.pictures)
     return plans
