@@ -177,7 +177,7 @@ def verified(model: Model, folder: Path, passes: str) -> verification.VerifyRepo
 def test_a_model_that_uses_its_first_token_is_seen(tmp_path: Path) -> None:
     report = verified(tiny.tiny(), tmp_path / "artifact", tiny.DEFAULT_PASSES)
     assert report.passed
-    assert len(report.traces) == 2
+    assert len(report.traces) == 3
     assert not [unseen for trace in report.traces for unseen in trace.unseen]
 
 
@@ -193,7 +193,7 @@ def test_a_model_that_ignores_its_first_token_is_reported_as_unseen(tmp_path: Pa
 def test_prompts_that_do_not_fit_the_context_are_left_out_and_none_is_an_error(tmp_path: Path) -> None:
     artifact = tiny.captured().rewrite("last-token-logits").lower("eager").save(tmp_path / "artifact")
     report = verification.verify(artifact.path, tiny.tiny(), tokens=4, prompt_lengths=(1, 300))
-    assert [trace.trace for trace in report.traces] == ["random ids, prompt of 1"]
+    assert [trace.trace for trace in report.traces] == ["random ids, prompt of 1", "chunked prefill, second turn"]
     with pytest.raises(UsageError, match="do not fit the context of 24"):
         verification.verify(artifact.path, tiny.tiny(), tokens=4, prompt_lengths=(300,))
 

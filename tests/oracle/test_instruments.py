@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from tests.compiler import tiny
 from tests.compiler.test_manager import MatchesNothing, MayMatchNothing, ReplacesNorms
@@ -22,14 +24,15 @@ from triptych.compiler.instruments import (
     text_diff,
 )
 from triptych.compiler.manager import Instrument, PassResult
-from triptych.compiler.model import Model
-from triptych.compiler.oracle import Oracle
+from triptych.compiler.model import EagerOutputs, Model
+from triptych.compiler.oracle import Oracle, rounding_tolerance
 from triptych.compiler.pass_kinds import Match, Refusal
 from triptych.compiler.pipeline import parse
 from triptych.compiler.program import Program
 from triptych.compiler.shrinking import plan_of
 from triptych.compiler.stages import Source
 from triptych.compiler.text import program_text
+from triptych.compiler.trace import reference
 from triptych.errors import PipelineError, VerificationError
 
 (LAST_TOKEN, TO_ATEN) = parse("capture,last-token-logits,legalize-aten").program
@@ -239,6 +242,20 @@ def test_quantizing_moves_the_reference(tiny_model: Model, tiny_oracle: Oracle) 
     source.transform("static-kv-cache")
     (reports,) = check.reports.values()
     assert all(report.passed and report.against == "quantized" for report in reports)
+
+
+def test_the_noise_of_rounding_is_looked_for_on_both_sides(tiny_model: Model) -> None:
+    """A value exactly on a step falls to another one where it shrinks, and stays where it grows."""
+    trace = tiny.trace(("prefill", 3))
+
+    def eager(module: nn.Module, tokens: Tensor, _: tuple[Tensor, ...]) -> EagerOutputs:
+        embedding = module.get_submodule("embedding")
+        ones = embedding(tokens) / embedding.get_parameter("weight")[tokens]
+        return EagerOutputs(torch.floor(ones), (), ones)
+
+    model = dataclasses.replace(tiny_model, eager=eager)
+    tolerance = rounding_tolerance(model, trace, reference(model, trace))
+    assert tolerance.relative == pytest.approx(4.0)
 
 
 def test_a_pass_that_matches_nothing_reaches_no_instrument(tiny_captured: Program) -> None:
