@@ -14,13 +14,16 @@ from filelock import FileLock
 # Before anything imports a Hugging Face library: no test may reach for a hub, and no tokenizer forks threads.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests import assets
 
 if TYPE_CHECKING:
     from triptych.compiler.model import Model
 
-THREADS: Final = 2
+# Workers that run side by side keep the cores busy by themselves; more threads only wait for one another.
+THREADS: Final = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 SEED: Final = 20_240
 
 

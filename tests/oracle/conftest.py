@@ -3,7 +3,12 @@
 The tensors here are so small that a second thread only waits: on a busy machine tests take ten times as long with it.
 """
 
-from collections.abc import Iterator
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Final
 
 import pytest
 import torch
@@ -52,3 +57,31 @@ def tiny_oracle(tiny_model: Model) -> Oracle:
 def tiny_captured(tiny_model: Model) -> Program:
     """The hand-written model with its cache, captured."""
     return tiny.captured(tiny_model).program
+
+
+HEADER: Final = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from triptych.compiler.pass_kinds import GraphPass, SourceTransform
+"""
+
+
+@pytest.fixture
+def module_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], ModuleType]:
+    """Return a function that imports a pass from a file, as a third party's package would."""
+
+    def make(text: str) -> ModuleType:
+        name = f"passes_of_{request.node.originalname}"
+        file = tmp_path / f"{name}.py"
+        file.write_text(HEADER + text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        request.addfinalizer(lambda: sys.modules.pop(name))
+        spec.loader.exec_module(module)
+        return module
+
+    return make

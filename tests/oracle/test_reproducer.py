@@ -1,7 +1,6 @@
 """A reproducer runs by itself: it fails in a process of its own until the pass is mended, and is whole or absent."""
 
 import dataclasses
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -15,10 +14,10 @@ import pytest
 import torch
 
 from tests.compiler import tiny
+from tests.oracle.searches import guilty, pipeline_of
 from tests.oracle.test_bisect import EditGelu
-from tests.oracle.wrong_passes import CountSlots, PrefillOnly, RoundTrip
-from triptych.compiler.bisect import Culprit, bisect
-from triptych.compiler.editing import storage_identity
+from tests.oracle.wrong_passes import CountSlots, PrefillOnly, SplitState
+from triptych.compiler.bisect import Culprit
 from triptych.compiler.failing_case import Case, load_program
 from triptych.compiler.model import Model
 from triptych.compiler.oracle import Oracle
@@ -26,19 +25,11 @@ from triptych.compiler.pass_kinds import GraphPass, Pass
 from triptych.compiler.pipeline import Pipeline, as_pipeline, build
 from triptych.compiler.program import Program
 from triptych.compiler.provenance import layer_of, source_line
-from triptych.compiler.reproducer import minimize, write_reproducer
-from triptych.compiler.shrinking import beginning, cut_stacks, in_few_steps, plan_of, stacks
+from triptych.compiler.reproducer import write_reproducer
+from triptych.compiler.shrinking import plan_of
 from triptych.compiler.trace import CallTrace, Step, reference
-from triptych.compiler.trace_plans import make_plans, subject_of
 from triptych.errors import ArtifactError, UsageError, VerificationError
 
-FIRST: Final = "static-kv-cache,swap-sdpa,capture,last-token-logits"
-HEADER: Final = """
-from dataclasses import dataclass
-from typing import ClassVar
-import torch
-from triptych.compiler.pass_kinds import GraphPass, SourceTransform
-"""
 SCALES: Final = """
 class Scales(GraphPass):
     name: ClassVar[str] = "scales"
@@ -69,39 +60,8 @@ class ScalesAHead(SourceTransform):
 """
 
 
-def pipeline_of(*passes: Pass, first: str = FIRST) -> Pipeline:
-    start = as_pipeline(first)
-    return build([*start.source, None, *start.program, *passes, *as_pipeline("capture,legalize-aten").program])
-
-
-def guilty(model: Model, oracle: Oracle, pipeline: Pipeline) -> Culprit:
-    culprit = bisect(model, pipeline, oracle)
-    assert culprit is not None
-    return culprit
-
-
 def execute(script: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(script)], cwd=cwd, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def module_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], ModuleType]:
-    """Return a function that imports a pass from a file, as a third party's package would."""
-
-    def make(text: str) -> ModuleType:
-        name = f"passes_of_{request.node.originalname}"
-        file = tmp_path / f"{name}.py"
-        file.write_text(HEADER + text, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        request.addfinalizer(lambda: sys.modules.pop(name))
-        spec.loader.exec_module(module)
-        return module
-
-    return make
 
 
 @dataclass(frozen=True)
@@ -250,6 +210,16 @@ def test_a_pass_that_raises(
     assert done.stdout.startswith("pass raises failed with ZeroDivisionError: no GELU today")
 
 
+def test_a_program_pass_that_breaks_the_program(tiny_model: Model, tiny_oracle: Oracle, tmp_path: Path) -> None:
+    """No method is guilty more than another, so each can be looked at; that the script fails was seen to already."""
+    pipeline = pipeline_of(SplitState())
+    script = write_reproducer(guilty(tiny_model, tiny_oracle, pipeline), tiny_oracle, tmp_path / "out", pipeline)
+    assert {path.stem for path in script.parent.glob("*.pt2")} == {"token_embedding", "prefill", "decode"}
+    case = Case.load(script.parent)
+    assert len(case.trace.tokens) == min(len(one.trace.tokens) for one in tiny_oracle.references)
+    assert case.failures(lambda: load_program(script.parent)) == ()
+
+
 def test_a_pass_that_is_guilty_as_a_whole(tiny_oracle: Oracle, tmp_path: Path) -> None:
     """Uniformity is a promise about all methods together; so all of them run."""
     pipeline = pipeline_of(EveryOtherGelu())
@@ -390,123 +360,3 @@ def test_another_oracle_than_the_one_that_found_it_is_refused(
     other = Oracle(tiny_model, [plan_of(tiny.trace(("prefill", 4)))])
     with pytest.raises(UsageError, match="no conversation fails after count-slots; give the oracle by which"):
         write_reproducer(written.culprit, other, tmp_path / "out", written.pipeline)
-
-
-# ---------------------------------------------------------------------------------------------------- minimizing
-
-
-def oracle_of(model: Model) -> Oracle:
-    return Oracle(model, make_plans(subject_of(model), tokens=3, prompt_lengths=(1, 9)))
-
-
-@pytest.mark.parametrize(("wrong_at", "kept"), [("blocks.0", 1), ("blocks.1", 2)])
-def test_few_layers_and_a_short_conversation_remain(wrong_at: str, kept: int) -> None:
-    model = tiny.tiny(layers=3)
-    pipeline = pipeline_of(CountSlots("decode", wrong_at))
-    oracle = oracle_of(model)
-    heard: list[str] = []
-    smaller, culprit, shorter = minimize(model, pipeline, guilty(model, oracle, pipeline), oracle, heard.append)
-    assert len(smaller.module.get_submodule("blocks")._modules) == kept
-    assert (culprit.step, culprit.method, culprit.match and culprit.match.layer) == ("count-slots", "decode", wrong_at)
-    assert shorter.model is smaller
-    (plan,) = shorter.plans
-    assert plan.steps == (Step("prefill", 1), Step("decode", 1))
-    assert heard[0] == "search on 1 of 3 layers"
-    assert len(model.module.get_submodule("blocks")._modules) == 3
-
-
-def test_what_cannot_be_smaller_stays() -> None:
-    model = tiny.tiny(layers=1)
-    oracle = Oracle(model, [plan_of(tiny.trace(("prefill", 1)))])
-    pipeline = pipeline_of(RoundTrip("prefill", "blocks.0"))
-    culprit = guilty(model, oracle, pipeline)
-    same, found, shorter = minimize(model, pipeline, culprit, oracle)
-    assert same is model
-    assert (found.step, found.match) == (culprit.step, culprit.match)
-    assert [plan.steps for plan in shorter.plans] == [(Step("prefill", 1),)]
-
-
-def test_a_failure_at_a_position_keeps_the_conversation_up_to_it(module_of: Callable[[str], ModuleType]) -> None:
-    """The pass drops what is known of position 5 and later; four positions would not show it."""
-    text = """
-class Forgets(GraphPass):
-    name: ClassVar[str] = "forgets"
-    def rewrite(self, editor, method, log):
-        for node in editor.calls(torch.ops.aten.embedding.default):
-            positions = node.args[1]
-            if "prefill" in map(str, method.roles) and log.match(node):
-                with editor.graph.inserting_before(node):
-                    clamped = editor.call(torch.ops.aten.clamp.default, positions, 0, 4, like=node)
-                node.update_arg(1, clamped)
-"""
-    model = tiny.tiny(layers=1)
-    oracle = oracle_of(model)
-    pipeline = pipeline_of(module_of(text).Forgets())
-    _, _, shorter = minimize(model, pipeline, guilty(model, oracle, pipeline), oracle)
-    (plan,) = shorter.plans
-    assert plan.steps == (Step("prefill", 6),)
-
-
-# ---------------------------------------------------------------------------------------------------- shrinking
-
-
-def test_stacks_are_lists_of_blocks_of_one_class(demo_model: Model) -> None:
-    found = {name: len(stack) for name, stack in stacks(demo_model).items()}
-    assert found == {"model.vision_tower.encoder.layers": 3, "model.language_model.layers": 4}
-
-
-def test_lists_within_lists_are_no_stacks_and_mixed_lists_neither() -> None:
-    model = tiny.tiny(layers=2)
-    block = model.module.get_submodule("blocks.0")
-    block.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
-    model.module.mixed = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.ReLU()])
-    assert list(stacks(model)) == ["blocks"]
-
-
-def test_a_cut_model_runs_its_first_layers_on_the_same_tensors(demo_model: Model) -> None:
-    cut = cut_stacks(demo_model, 2)
-    assert {name: len(stack) for name, stack in stacks(cut).items()} == {
-        "model.vision_tower.encoder.layers": 2,
-        "model.language_model.layers": 2,
-    }
-    module: Any = cut.module
-    assert module.config.text_config.num_hidden_layers == module.model.language_model.config.num_hidden_layers == 2
-    assert module.config.vision_config.num_hidden_layers == 2
-    own: Any = demo_model.module
-    assert own.config.text_config.num_hidden_layers == 4
-    assert cut.metadata.provenance == {**demo_model.metadata.provenance, "layers": "2"}
-    kept = dict(cut.module.named_parameters())
-    assert all(storage_identity(kept[name]) == storage_identity(own.get_parameter(name)) for name in kept)
-    outputs = cut.eager(cut.module, torch.arange(5), ()) if cut.eager else None
-    whole = demo_model.eager(own, torch.arange(5), ()) if demo_model.eager else None
-    assert outputs is not None
-    assert whole is not None
-    assert not torch.allclose(outputs.logits, whole.logits)
-
-
-def test_components_within_layers_that_go_are_left_out() -> None:
-    model = tiny.tiny(layers=2)
-    components = {"decoder": ("blocks.0", "blocks.1"), "lm_head": ("head",)}
-    described = dataclasses.replace(model, metadata=dataclasses.replace(model.metadata, components=components))
-    assert cut_stacks(described, 1).metadata.components == {"decoder": ("blocks.0",), "lm_head": ("head",)}
-
-
-def test_the_beginning_of_a_conversation_splits_no_picture() -> None:
-    pictures = (torch.zeros(1), torch.ones(1))
-    trace = CallTrace("two pictures", torch.tensor([1, 9, 9, 2, 9, 9, 4]), (Step("prefill", 7),), pictures, 9)
-    begun = [beginning(trace, length) for length in range(1, 8)]
-    assert [one and len(one.pixel_values) for one in begun] == [0, None, 1, 1, None, 2, 2]
-    last = begun[2]
-    assert last is not None
-    assert last.tokens.tolist() == [1, 9, 9]
-    assert last.name == "the first 3 positions of 'two pictures'"
-    assert [one.steps for one in in_few_steps(last)] == [(Step("prefill", 3),)]
-
-
-def test_few_steps_are_one_prefill_and_one_more_call() -> None:
-    assert [one.steps for one in in_few_steps(tiny.trace(("prefill", 2), ("decode", 2)))] == [
-        (Step("prefill", 4),),
-        (Step("prefill", 3), Step("decode", 1)),
-        (Step("prefill", 3), Step("prefill", 1)),
-    ]
-    assert [one.steps for one in in_few_steps(tiny.trace(("decode", 1)))] == [(Step("prefill", 1),)]

@@ -227,7 +227,7 @@ class RoundTrip(WrongOnce):
 
 
 class UntieWeights(WrongOnce):
-    """Every use of the tied embedding gets a copy of its own. The bug: one copy has other values."""
+    """Every use of the tied embedding gets a weight of its own. The bug: one of them has other values."""
 
     name: ClassVar[str] = "untie-weights"
 
@@ -237,15 +237,15 @@ class UntieWeights(WrongOnce):
                 yield node
 
     def right(self, editor: GraphEditor, node: Node) -> None:
-        self._copy(editor, node, aten.clone.default)
+        self._untie(editor, node, 1.0)
 
     def wrong(self, editor: GraphEditor, node: Node) -> None:
-        self._copy(editor, node, aten.mul.Tensor, 1.01)
+        self._untie(editor, node, 1.01)
 
-    def _copy(self, editor: GraphEditor, node: Node, by: OpOverload, *args: float) -> None:
+    def _untie(self, editor: GraphEditor, node: Node, factor: float) -> None:
         weight = self._weight(node)
-        with editor.graph.inserting_before(node):
-            node.replace_input_with(weight, editor.call(by, weight, *args, like=node))
+        own = editor.add_weight(f"{node.name}.weight", editor.tensor(weight).detach() * factor)
+        node.replace_input_with(weight, own)
 
     def _weight(self, node: Node) -> Node:
         return input_of(node, 0 if node.target is aten.embedding.default else 1)

@@ -17,10 +17,10 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 SOURCE: Final = "static-kv-cache,swap-sdpa"
 
 
-def checking(model: Model) -> NumericCheck:
-    """Text, random ids and a second turn; the whole context is another test's."""
+def checking(model: Model, tokens: int, *lengths: int) -> NumericCheck:
+    """Text and random ids after prompts of these lengths, and a second turn; the whole context is another test's."""
     subject = dataclasses.replace(subject_of(model), max_context=64)
-    return NumericCheck(Oracle(model, make_plans(subject, tokens=4, prompt_lengths=(1, 17))))
+    return NumericCheck(Oracle(model, make_plans(subject, tokens, lengths)))
 
 
 def assert_no_alarm(check: NumericCheck, *names: str) -> None:
@@ -31,16 +31,17 @@ def assert_no_alarm(check: NumericCheck, *names: str) -> None:
 
 
 def test_right_passes_raise_no_alarm(smollm2_model: Model) -> None:
-    check = checking(smollm2_model)
-    captured = Source(smollm2_model, instruments=(check,)).transform(SOURCE).capture()
-    captured.rewrite("last-token-logits,legalize-executorch")
-    captured.rewrite("last-token-logits,legalize-aten").rewrite(RIGHT)
+    check = checking(smollm2_model, 4, 1, 17)
+    captured = Source(smollm2_model, instruments=(check,)).transform(SOURCE).capture().rewrite("last-token-logits")
+    captured.rewrite("legalize-executorch")
+    captured.rewrite("legalize-aten").rewrite(RIGHT)
     assert_no_alarm(check, *SOURCE.split(","), "legalize-executorch", *(one.name for one in RIGHT))
 
 
 def test_right_passes_raise_no_alarm_on_the_quantized_model(smollm2_model: Model) -> None:
-    check = checking(smollm2_model)
-    captured = Source(smollm2_model, instruments=(check,)).quantize("8da4w").transform(SOURCE).capture()
-    captured.rewrite("last-token-logits,legalize-executorch")
-    captured.rewrite("last-token-logits,legalize-aten")
+    check = checking(smollm2_model, 2, 9)
+    quantized = Source(smollm2_model, instruments=(check,)).quantize("8da4w").transform(SOURCE)
+    captured = quantized.capture().rewrite("last-token-logits")
+    captured.rewrite("legalize-executorch")
+    captured.rewrite("legalize-aten")
     assert_no_alarm(check, *SOURCE.split(","), "last-token-logits", "legalize-executorch", "legalize-aten")
