@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +13,10 @@ from tests.compiler import tiny
 from tests.oracle.searches import guilty, pipeline_of
 from tests.oracle.wrong_passes import CountSlots, RoundTrip
 from triptych.compiler.editing import storage_identity
+from triptych.compiler.failing_case import load_model
 from triptych.compiler.model import Model
 from triptych.compiler.oracle import Oracle
+from triptych.compiler.program_runner import ModelRunner
 from triptych.compiler.reproducer import minimize
 from triptych.compiler.shrinking import beginning, cut_stacks, in_few_steps, plan_of, stacks
 from triptych.compiler.trace import CallTrace, Step
@@ -109,6 +112,13 @@ def test_a_cut_model_runs_its_first_layers_on_the_same_tensors(demo_model: Model
     assert outputs is not None
     assert whole is not None
     assert not torch.allclose(outputs.logits, whole.logits)
+
+
+def test_the_script_of_a_reproducer_cuts_a_checkpoint_as_far(demo_checkpoint: Path) -> None:
+    model = load_model(str(demo_checkpoint), "static-kv-cache{max=32}", max_context=64, layers=1)
+    assert {len(stack) for stack in stacks(model).values()} == {1}
+    assert model.metadata.max_context == 32
+    assert ModelRunner(model).has_cache
 
 
 def test_components_within_layers_that_go_are_left_out() -> None:

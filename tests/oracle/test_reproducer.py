@@ -16,7 +16,7 @@ import torch
 from tests.compiler import tiny
 from tests.oracle.searches import guilty, pipeline_of
 from tests.oracle.test_bisect import EditGelu
-from tests.oracle.wrong_passes import CountSlots, PrefillOnly, SplitState
+from tests.oracle.wrong_passes import CountSlots, SplitState
 from triptych.compiler.bisect import Culprit
 from triptych.compiler.failing_case import Case, load_program
 from triptych.compiler.model import Model
@@ -200,6 +200,7 @@ def test_a_case_with_pictures_survives(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- kinds of culprits
 
 
+@pytest.mark.slow
 def test_a_pass_that_raises(
     tiny_model: Model, tiny_oracle: Oracle, module_of: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -220,25 +221,17 @@ def test_a_program_pass_that_breaks_the_program(tiny_model: Model, tiny_oracle: 
     assert case.failures(lambda: load_program(script.parent)) == ()
 
 
-def test_a_pass_that_is_guilty_as_a_whole(tiny_oracle: Oracle, tmp_path: Path) -> None:
-    """Uniformity is a promise about all methods together; so all of them run."""
-    pipeline = pipeline_of(EveryOtherGelu())
-    culprit = guilty(tiny_oracle.model, tiny_oracle, pipeline)
-    assert culprit.part is None
-    with pytest.raises(VerificationError, match="No module named 'tests'"):
-        write_reproducer(culprit, tiny_oracle, tmp_path / "out", pipeline)
+def test_a_pass_that_is_guilty_as_a_whole(
+    tiny_model: Model, tiny_oracle: Oracle, module_of: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """Uniformity is a promise about all methods together; so the script holds nothing back."""
+    text = SCALES.replace("FACTOR", "1.0").replace("if log", 'if "prefill" in map(str, method.roles) and log')
+    pipeline = pipeline_of(module_of(f"{text}    uniform: ClassVar[bool] = True\n").Scales())
+    script = write_reproducer(guilty(tiny_model, tiny_oracle, pipeline), tiny_oracle, tmp_path / "out", pipeline)
+    assert "apply_step(guilty, before, None)" in script.read_text(encoding="utf-8")
 
 
-class EveryOtherGelu(PrefillOnly):
-    """Not uniform over the layers; and, like this file, in need of the tests' own modules."""
-
-    name: ClassVar[str] = "every-other-gelu"
-
-    def rewrite(self, editor: Any, method: Any, log: Any) -> None:
-        if "decode" not in map(str, method.roles):
-            EditGelu("nowhere").rewrite(editor, method, log)
-
-
+@pytest.mark.slow
 def test_after_quantizing_the_reference_is_the_quantized_model(
     tiny_model: Model, tiny_oracle: Oracle, module_of: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -255,6 +248,7 @@ def test_after_quantizing_the_reference_is_the_quantized_model(
     assert "relative" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_source_transform_starts_from_its_checkpoint(
     demo_checkpoint: Path,
     demo_model: Model,
@@ -323,6 +317,17 @@ def test_what_does_not_fail_in_a_process_of_its_own_is_not_written(
     ):
         write_reproducer(culprit, tiny_oracle, folder, pipeline)
     assert list(folder.parent.iterdir()) == []
+
+
+def test_a_pass_whose_file_needs_what_no_process_finds_is_not_written(
+    tiny_model: Model, tiny_oracle: Oracle, tmp_path: Path
+) -> None:
+    """This pass stands in a test file, which imports others."""
+    pipeline = pipeline_of(EditGelu())
+    culprit = guilty(tiny_model, tiny_oracle, pipeline)
+    with pytest.raises(VerificationError, match=r"No module named 'tests'; pass developer: .* by absolute names"):
+        write_reproducer(culprit, tiny_oracle, tmp_path / "out", pipeline)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_class_inside_a_function_is_refused(tiny_model: Model, tiny_oracle: Oracle, tmp_path: Path) -> None:

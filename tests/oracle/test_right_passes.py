@@ -50,6 +50,7 @@ def test_built_in_passes_on_programs(end: str, demo_program: Program, demo_oracl
     assert_no_alarm(check, *end.split(","))
 
 
+@pytest.mark.slow
 def test_built_in_passes_on_the_quantized_model(demo_model: Model, demo_oracle: Oracle) -> None:
     """From the quantizing pass on, the reference is the quantized model in eager."""
     check = NumericCheck(demo_oracle)
@@ -76,6 +77,7 @@ def test_all_rewrites_one_after_the_other(demo_in_aten: Program, demo_oracle: Or
     assert_no_alarm(check, *(one.name for one in RIGHT))
 
 
+@pytest.mark.slow
 def test_all_rewrites_on_a_real_model_cut_short(smollm2_cut_model: Model) -> None:
     subject = dataclasses.replace(subject_of(smollm2_cut_model), max_context=64)
     check = NumericCheck(Oracle(smollm2_cut_model, make_plans(subject, tokens=3, prompt_lengths=(1, 9))))
