@@ -274,7 +274,8 @@ def minimize(
 def _again(model: Model, pipeline: Pipeline, oracle: Oracle, culprit: Culprit) -> tuple[Culprit, Oracle] | None:
     """Search again on the conversations that `model` reacts to, and return what is guilty, and the oracle of these.
 
-    None where another step is guilty, or none, or the model does not run.
+    None where another step is guilty, or none, or in another way (a cut may leave a pass without its match), or the
+    model does not run.
     """
     try:
         pairs = zip(oracle.plans, oracle.references, strict=True)
@@ -282,8 +283,12 @@ def _again(model: Model, pipeline: Pipeline, oracle: Oracle, culprit: Culprit) -
         found = bisect(model, pipeline, visible) if visible.plans else None
     except Exception:  # noqa: BLE001 (a model cut short may fail in any way; it is then left as it was)
         return None
-    is_same = found is not None and (found.step, found.index) == (culprit.step, culprit.index)
+    is_same = found is not None and _kind(found) == _kind(culprit)
     return (found, visible) if found is not None and is_same else None
+
+
+def _kind(culprit: Culprit) -> tuple[object, ...]:
+    return culprit.step, culprit.index, culprit.method, culprit.match is None
 
 
 def _shortest_plan(culprit: Culprit, oracle: Oracle, pipeline: Pipeline) -> TracePlan:

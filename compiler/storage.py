@@ -23,7 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass, serialize
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from triptych.compiler.editing import bound_tensor, storage_identity, tensor_names
 from triptych.compiler.folders import check_replaceable, folder_beside
@@ -40,6 +43,7 @@ PROGRAM_FILE: Final = "program.json"
 STORAGES_FILE: Final = "storages.safetensors"
 FORMAT: Final = "triptych-program"
 FORMAT_VERSION: Final = 1
+LEAST_TRACED_SIZE: Final = 2
 LOCATIONS: Final = ("stack_trace", "nn_module_stack")
 
 
@@ -167,6 +171,7 @@ def _method(folder: Path, data: Mapping[str, Any], storages: Mapping[str, Tensor
         tensors[place["kind"]][name] = _bind(place, storages)
     graph = _dict_to_dataclass(schema.ExportedProgram, json.loads((folder / data["graph"]).read_text(encoding="utf-8")))
     exported = ExportedProgramDeserializer().deserialize(graph, tensors["state_dict"], tensors["constants"])
+    _settle_symbols(exported)
     if "made_by" in data:
         _restore_provenance(exported, data["made_by"])
     return Method(
@@ -175,6 +180,23 @@ def _method(folder: Path, data: Mapping[str, Any], storages: Mapping[str, Tensor
         tuple(_port(port) for port in data["inputs"]),
         tuple(_port(port) for port in data["outputs"]),
     )
+
+
+def _settle_symbols(exported: ExportedProgram) -> None:
+    """Give the symbols the ranges that capture works with, so that passes trace alike on what was read back.
+
+    `torch.export` takes a dynamic size for at least 2 while it traces; otherwise a mere ``x * y`` would ask whether
+    the size is 1, and broadcast. The method's own bounds stay as they are.
+    """
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        environment = value.fake_mode.shape_env if isinstance(value, FakeTensor) else None
+        if environment is not None:
+            for symbol in environment.backed_var_to_val:
+                if symbol in environment.var_to_range and environment.var_to_range[symbol].upper >= LEAST_TRACED_SIZE:
+                    environment.var_to_range[symbol] &= ValueRanges(LEAST_TRACED_SIZE, int_oo)
+            environment.freeze()
+            return
 
 
 def _restore_provenance(exported: ExportedProgram, makers: Mapping[str, str]) -> None:

@@ -3,8 +3,9 @@
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from safetensors.torch import load_file
 from tests.compiler import tiny
 from triptych.compiler import storage
 from triptych.compiler.editing import storage_identity
+from triptych.compiler.manager import run_program
 from triptych.compiler.program import Program
+from triptych.compiler.program_runner import ProgramRunner
 from triptych.compiler.provenance import layer_of, made_by, module_path, source_line
+from triptych.compiler.rewrite_rule import RewriteRule
 from triptych.compiler.text import program_text
 from triptych.errors import ArtifactError
 from triptych.runtime.loaders import eager
@@ -226,6 +230,32 @@ def _edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     tables = json.loads(path.read_text(encoding="utf-8"))
     change(tables)
     path.write_text(json.dumps(tables), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class SpellOutGelu(RewriteRule):
+    """Replace gelu(x) by another right form, which multiplies values of dynamic size."""
+
+    name: ClassVar[str] = "spell-out-gelu"
+
+    def pattern(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.aten.gelu.default(x, approximate="tanh")
+        return found
+
+    def replacement(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+def test_a_rule_works_on_what_was_read_back_as_on_what_was_captured(saved: Path, tiny_program: Program) -> None:
+    fresh, _ = run_program(tiny_program, [SpellOutGelu()])
+    read, _ = run_program(storage.load(saved), [SpellOutGelu()])
+    assert program_text(read) == program_text(fresh)
+    runner = ProgramRunner(read)
+    for length in (1, 5):
+        embeds, start = torch.randn(1, length, tiny.WIDTH), torch.tensor([0])
+        got = runner.run("prefill", embeds=embeds, start_pos=start)["logits"]
+        wanted = ProgramRunner(tiny_program).run("prefill", embeds=embeds, start_pos=start)["logits"]
+        torch.testing.assert_close(got, wanted)
 
 
 def _cut(path: Path) -> None:

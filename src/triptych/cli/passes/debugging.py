@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from triptych.cli.console import Stages, quiet_libraries
-from triptych.cli.passes.subject import load_model, load_oracle, model_options
+from triptych.cli.passes.subject import load_model, load_oracle, model_folder, model_options
 from triptych.errors import UsageError
 
 if TYPE_CHECKING:
@@ -115,9 +115,11 @@ def bisect(
         culprit = search(model, parsed, oracle, stages)
         if culprit is not None and minimize:
             model, culprit, oracle = minimized(model, parsed, culprit, oracle, stages)
-        if culprit is not None and out is not None:
-            stages("write reproducer")
-            write_reproducer(culprit, oracle, out, parsed)
+    if culprit is not None and not as_json:
+        click.echo(f"guilty: {culprit}")
+    if culprit is not None and out is not None:
+        with model_folder(model_path) as folder:
+            write_reproducer(culprit, oracle, out, parsed, model_path=folder)
     if as_json:
         guilty = culprit and {
             "pass": culprit.step,
@@ -131,9 +133,7 @@ def bisect(
         click.echo(json.dumps({"guilty": guilty, "reproducer": str(out) if culprit and out else None}, indent=2))
     elif culprit is None:
         click.echo("nothing is guilty: parity holds after every pass")
-    else:
-        click.echo(f"guilty: {culprit}")
-        if out is not None:
-            click.echo(f"reproducer: python {out / 'reproduce.py'}")
+    elif out is not None:
+        click.echo(f"reproducer: python {out / 'reproduce.py'}")
     if culprit is not None:
         context.exit(GUILTY_EXIT)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +39,18 @@ def load_model(path: Path | None, max_context: int) -> Model:
     from triptych.compiler.adapters.hugging_face import load
 
     return load(path, max_context=max_context)
+
+
+@contextmanager
+def model_folder(path: Path | None) -> Iterator[Path]:
+    """Give the folder of the model the user named, the embedded one's where none is."""
+    if path is not None:
+        yield path
+        return
+    from importlib.resources import as_file, files
+
+    with as_file(files("triptych.demo").joinpath("model")) as folder:
+        yield folder
 
 
 def load_oracle(model: Model, tokens: int) -> Oracle:
