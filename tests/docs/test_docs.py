@@ -1,6 +1,7 @@
 """The code in the documentation runs, and what the documentation lists exists."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tests.repository.sources import copy_sources
 from triptych.catalogue import pass_info, pass_page
 from triptych.compiler.registry import find_pass, pass_names
 from triptych.compiler.targets.base import target_names
+from triptych.demo.scenes import random_scene, render
 
 ROOT = Path(__file__).parents[2]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -65,6 +67,17 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     if page == "docs/entry-points.md":
         assert (tmp_path / "tiny-artifact" / "triptych.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(demo_checkpoint: Path, tmp_path: Path) -> None:
+    (block,) = blocks("README.md")
+    (tmp_path / "checkpoint").symlink_to(demo_checkpoint)
+    rng = random.Random(0)
+    render(random_scene(rng, test=True), rng, size=128).save(tmp_path / "picture.png")
+    done = run("-c", block, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"top|bottom|left|right", done.stdout), "the runner describes the picture"
 
 
 @pytest.fixture(scope="module")
