@@ -101,7 +101,7 @@ def output_signatures(
     exported: ExportedProgram, ports: tuple[OutputPort | TensorSignature, ...], inputs: tuple[TensorSignature, ...]
 ) -> tuple[TensorSignature, ...]:
     """Read shapes and dtypes of the user outputs off the graph; names and links come from `ports`."""
-    symbols = _symbols(exported, inputs)
+    symbols = dynamic_symbols(exported, inputs)
     values = exported.graph.output_node().args[0]
     assert isinstance(values, (tuple, list))
     outputs = [
@@ -124,7 +124,8 @@ def output_signatures(
     return tuple(found)
 
 
-def _symbols(exported: ExportedProgram, inputs: tuple[TensorSignature, ...]) -> dict[str, DynamicDim]:
+def dynamic_symbols(exported: ExportedProgram, inputs: tuple[TensorSignature, ...]) -> dict[str, DynamicDim]:
+    """Return symbol → the dynamic dimension of an input that it stands for, such as "s65" → S."""
     values = user_input_values(exported)
     return {
         str(size): dim

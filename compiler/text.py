@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from triptych.compiler.capture import user_input_values
+from triptych.compiler.capture import dynamic_symbols
 from triptych.compiler.editing import bound_names
 from triptych.compiler.program import Method, Program, StateRow, Weight
-from triptych.manifest import Dim, DynamicDim, TensorSignature
+from triptych.manifest import Dim, TensorSignature
 
 _SYMBOL: Final = re.compile(r"[a-z]+\d+")
 
@@ -35,14 +35,14 @@ def program_text(program: Program, *, graphs: bool = True) -> str:
 
 
 def _state_line(row: StateRow) -> str:
-    shape = f"{_dtype(row.dtype)}{list(row.shape)} {row.layout}"
+    shape = f"{dtype_text(row.dtype)}{list(row.shape)} {row.layout}"
     return f"  state {row.name}: {shape}, read by {_names(row.readers)}, written by {_names(row.writers)}"
 
 
 def _weight_line(weight: Weight) -> str:
     tensor = weight.uses[0].tensor
     aliases = "".join(f" = {name}" for name in weight.names if name != weight.key)
-    shape = f"{_dtype(tensor.dtype)}{list(tensor.shape)}"
+    shape = f"{dtype_text(tensor.dtype)}{list(tensor.shape)}"
     return f"  weight {weight.key}{aliases}: {shape}, used by {_names(weight.users)}"
 
 
@@ -70,7 +70,8 @@ def _dim(dim: Dim) -> str:
     return str(dim) if isinstance(dim, int) else f"{dim.name}={dim.minimum}..{dim.maximum}"
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def dtype_text(dtype: torch.dtype) -> str:
+    """Return torch's name without the prefix, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -80,13 +81,7 @@ def _names(names: tuple[str, ...]) -> str:
 
 def _graph_lines(method: Method) -> Iterator[str]:
     bound = bound_names(method.exported)
-    values = user_input_values(method.exported)
-    symbols = {
-        str(size): dim.name
-        for port in method.inputs
-        for size, dim in zip(values[port.name].shape, port.shape, strict=True)
-        if isinstance(dim, DynamicDim)
-    }
+    symbols = dimension_names(method)
     labels: dict[Node, str] = {}
     count = 0
     for node in method.exported.graph.nodes:
@@ -121,7 +116,12 @@ def _value(value: object, symbols: Mapping[str, str]) -> str:
     return f": {tensor_text(value, symbols)}"
 
 
+def dimension_names(method: Method) -> dict[str, str]:
+    """Return symbol → name of the dynamic dimension that it stands for, such as "s65" → "S"."""
+    return {symbol: dim.name for symbol, dim in dynamic_symbols(method.exported, method.inputs).items()}
+
+
 def tensor_text(value: Tensor, names: Mapping[str, str]) -> str:
     """Return dtype and shape such as "float32[1, S, 576]", symbols by their `names`."""
     sizes = [_SYMBOL.sub(lambda found: names.get(found[0], found[0]), str(size)) for size in value.shape]
-    return f"{_dtype(value.dtype)}[{', '.join(sizes)}]"
+    return f"{dtype_text(value.dtype)}[{', '.join(sizes)}]"

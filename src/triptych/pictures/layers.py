@@ -18,8 +18,8 @@ from torch.fx import Node
 from triptych.compiler.editing import bound_names, bound_tensor
 from triptych.compiler.program import Method
 from triptych.compiler.provenance import layer_of, made_by, module_path
-from triptych.compiler.text import tensor_text
-from triptych.pictures.values import dimension_names, tensors_in
+from triptych.compiler.text import dimension_names, tensor_text
+from triptych.pictures.values import tensors_in
 
 SMALL_CONSTANT: Final = 64
 """A constant of up to this many elements is compared by its values; a greater one by shape and dtype."""

@@ -17,9 +17,8 @@ from torch.fx import Node
 from triptych.compiler.editing import bound_names
 from triptych.compiler.program import Method, Program
 from triptych.compiler.provenance import made_by, module_path, source_line
-from triptych.compiler.text import tensor_text
+from triptych.compiler.text import dimension_names, tensor_text
 from triptych.pictures.operators import operator_name
-from triptych.pictures.values import dimension_names
 
 LABEL: Final = "triptych program"
 INPUTS: Final = "inputs"

@@ -13,9 +13,9 @@ from torch.fx import Node
 from triptych.compiler.editing import bound_names
 from triptych.compiler.program import Program
 from triptych.compiler.provenance import CAPTURE, made_by
-from triptych.compiler.text import tensor_text
+from triptych.compiler.text import dimension_names, tensor_text
 from triptych.pictures.diagram import Line
-from triptych.pictures.values import bytes_text, counted, dimension_names, tensors_in, times
+from triptych.pictures.values import bytes_text, counted, tensors_in, times
 
 MAX_RESULTS: Final = 3
 _READS: Final = ("aten::item", "aten::_local_scalar_dense")

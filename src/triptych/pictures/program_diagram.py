@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeVar
 
 from triptych.compiler.program import Program, StateRow, Weight
+from triptych.compiler.text import dtype_text
 from triptych.pictures.diagram import Arrow, ArrowKind, Box, Diagram, LegendEntry, Line, Picture
 from triptych.pictures.values import (
     bytes_text,
     counted,
-    dtype_text,
     folded_name,
     hint_text,
     name_pattern,

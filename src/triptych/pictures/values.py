@@ -6,31 +6,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-import torch
 from torch import Tensor
 
-from triptych.compiler.capture import user_input_values
-from triptych.compiler.program import Method
 from triptych.manifest import DynamicDim, TensorSignature
 
 MAX_RANGES: Final = 4
 MAX_HINT_LINES: Final = 40
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """Return torch's name without the prefix, such as "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dimension_names(method: Method) -> dict[str, str]:
-    """Return symbol → name of the dynamic dimension that it stands for, such as "s65" → "S"."""
-    values = user_input_values(method.exported)
-    return {
-        str(size): dim.name
-        for port in method.inputs
-        for size, dim in zip(values[port.name].shape, port.shape, strict=True)
-        if isinstance(dim, DynamicDim)
-    }
 
 
 def port_text(port: TensorSignature) -> str:
