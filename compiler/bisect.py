@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from triptych.compiler import manager
-from triptych.compiler.capture import capture
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.instruments import judge
 from triptych.compiler.manager import Select
@@ -21,7 +20,6 @@ from triptych.compiler.pass_kinds import GraphPass, Match, MatchLog, Pass, Progr
 from triptych.compiler.pipeline import CAPTURE, Pipeline
 from triptych.compiler.program import Program
 from triptych.compiler.properties import QUANTIZED
-from triptych.compiler.verifier import verify
 from triptych.errors import TriptychError, UsageError, VerificationError
 
 Step = SourceTransform | GraphPass | ProgramPass | None
@@ -118,11 +116,7 @@ def apply_step(
     """
     if step is None:
         assert isinstance(subject, Model), "a program is captured already"
-        program = capture(subject)
-        verify(program)
-        for one in promised:
-            manager.check_ensured(one, program)
-        return program
+        return manager.run_capture(subject, promised)
     if isinstance(step, SourceTransform):
         assert isinstance(subject, Model), "source transforms come before capture"
         model, _ = manager.run_source(subject, [step], select=select)

@@ -19,6 +19,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from triptych.compiler.budget import BudgetError, find_culprit
+from triptych.compiler.capture import capture
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.fingerprint import fingerprint
 from triptych.compiler.model import Model
@@ -94,6 +95,15 @@ def run_source(
         results.append(result)
         model = transformed
     return model, tuple(results)
+
+
+def run_capture(model: Model, passes: Iterable[SourceTransform], report: Report = lambda name: None) -> Program:
+    """Capture `model` and hold it to what `passes`, which made it what it is, ensure of the program."""
+    program = capture(model, report)
+    verify(program)
+    for one in passes:
+        check_ensured(one, program)
+    return program
 
 
 def run_program(

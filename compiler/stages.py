@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from triptych.compiler import artifact, capture, manager, storage
+from triptych.compiler import artifact, manager, storage
 from triptych.compiler.artifact import Artifact
 from triptych.compiler.continuation import check_continuation
 from triptych.compiler.manager import Instrument, PassResult
@@ -21,7 +21,6 @@ from triptych.compiler.program import Program
 from triptych.compiler.properties import QUANTIZED
 from triptych.compiler.quantize.recipes import FP32, Recipe, check, find_recipe
 from triptych.compiler.targets.base import Emission, Target, find_target
-from triptych.compiler.verifier import verify
 from triptych.errors import PipelineError
 from triptych.manifest import Manifest
 
@@ -68,10 +67,8 @@ class Source:
 
     def capture(self) -> Captured:
         """Export every entry point; raises `ModelError` naming the one that does not export."""
-        program = capture.capture(self.model, lambda name: self.report(f"capture {name}"))
-        verify(program)
-        for one in self.pipeline.source:
-            manager.check_ensured(one, program)
+        report = self.report
+        program = manager.run_capture(self.model, self.pipeline.source, lambda name: report(f"capture {name}"))
         return Captured(
             program,
             self.model.tokenizer_file,

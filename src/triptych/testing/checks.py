@@ -68,8 +68,8 @@ def check_pass(
     2. Each refusal in `refuses`, a regular expression for the place → one for the reason, was given.
     3. `effect(before, after)` is true.
     4. A second run matches nothing, unless `idempotent` is False.
-    5. New nodes carry a value, the name of the pass, and a source line where what they replaced had one; dynamic
-       dimensions of inputs and outputs stay dynamic.
+    5. Every call carries a value, and those that the pass made a source line where the graph had lines; dynamic
+       dimensions of inputs stay dynamic.
     6. The oracle holds, after each pass of `after` and after `one`: whole call traces against the eager `model`.
 
     Args:
@@ -109,7 +109,7 @@ def default_oracle(model: Model) -> Oracle:
 def _prepared(one: Pass, source: Source, after: Pipeline) -> Source | Captured:
     if isinstance(one, SourceTransform):
         return source.transform(after)
-    if not after.passes:
+    if after == Pipeline():
         after = as_pipeline("static-kv-cache,swap-sdpa,capture")
     return source.transform(after.source).capture().rewrite(after.program)
 

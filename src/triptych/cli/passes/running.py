@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from triptych.compiler.model import Model
     from triptych.compiler.pipeline import Pipeline
     from triptych.compiler.program import Program
-    from triptych.compiler.stages import Captured, Source
 
 PICTURE_SUFFIXES = (".svg", ".html", ".json")
 
@@ -80,21 +79,16 @@ def run(pipeline: str, model_path: Path | None, max_context: int, tokens: int, *
         if options["check"] == "numeric":
             watch.check_numbers(model, tokens)
         source = Source(model, report=stages, instruments=tuple(watch.instruments))
-        result = run_whole(source, parsed)
-        program = getattr(result, "program", None)
-        if picture is not None and program is not None:
+        transformed = source.transform(parsed.source)
+        captured = transformed.capture().rewrite(parsed.program) if parsed.captures else None
+        if picture is not None and captured is not None:
             stages("draw")
-            _draw(program, picture)
-        if options["out"] is not None:
+            _draw(captured.program, picture)
+        if options["out"] is not None and captured is not None:
             stages("save")
-            result.save_program(options["out"])  # type: ignore[union-attr]
-    watch.show(result.results, program, as_json=options["as_json"])
-
-
-def run_whole(source: Source, pipeline: Pipeline) -> Source | Captured:
-    """Run a pipeline as far as it goes: a model where it does not capture, else a program."""
-    transformed = source.transform(pipeline.source)
-    return transformed.capture().rewrite(pipeline.program) if pipeline.captures else transformed
+            captured.save_program(options["out"])
+    results, program = (transformed.results, None) if captured is None else (captured.results, captured.program)
+    watch.show(results, program, as_json=options["as_json"])
 
 
 def _check_options(pipeline: Pipeline, picture: Path | None, options: dict[str, Any]) -> None:
@@ -223,7 +217,6 @@ def diff(first: str, second: str, model_path: Path | None, max_context: int, met
     quiet_libraries()
     from triptych.compiler.instruments import subject_text, text_diff
     from triptych.compiler.pipeline import parse
-    from triptych.compiler.program import Program
     from triptych.compiler.stages import Source
     from triptych.compiler.text import method_text
 
@@ -236,8 +229,7 @@ def diff(first: str, second: str, model_path: Path | None, max_context: int, met
         stages("load model")
         model = load_model(model_path, max_context)
         for one in parsed:
-            program = getattr(run_whole(Source(model, report=stages), one), "program", None)
-            assert isinstance(program, Program)
+            program = Source(model, report=stages).transform(one.source).capture().rewrite(one.program).program
             if method is not None and method not in program.methods:
                 raise UsageError(f"no method is called {method!r}; the program has {', '.join(program.methods)}")
             texts.append(method_text(method, program.methods[method]) if method else subject_text(program))
