@@ -38,6 +38,8 @@ _ROW_WRITES: Final = {
     "aten::scatter_": "src",
     "llama::update_cache": "value",
     "triptych::update_cache": "value",
+    "triptych::update_quantized_cache": "value",
+    "triptych::update_ring_cache": "value",
 }
 _OVERWRITES: Final = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
 _SHAPE_QUERIES: Final = frozenset({"aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset"})

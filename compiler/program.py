@@ -26,6 +26,7 @@ from triptych.manifest import TensorSignature
 from triptych.modules.routing import HANDLER_NAME
 
 KV_LAYOUT: Final = "BSHD"
+RING_LAYOUT: Final = "BRHD"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Method:
 class StateRow:
     """One mutable buffer, shared by every method that names it.
 
-    `initial` is its value before the first call. `layout` names the axes ("BSHD" for rows of a KV cache, else
-    "any"). A method that writes without reading is a writer only.
+    `initial` is its value before the first call. `layout` names the axes: "BSHD" for rows of a KV cache with a slot
+    for every position; "BRHD" for those of a ring, which has fewer slots than the context and writes them again; else
+    "any". A method that writes without reading is a writer only.
     """
 
     name: str
@@ -102,7 +104,7 @@ class Program:
         """Derive the tables; raises `VerificationError` where methods disagree about a state row."""
         return cls(
             MappingProxyType(dict(methods)),
-            MappingProxyType(_state_table(methods)),
+            MappingProxyType(_state_table(methods, metadata.max_context)),
             MappingProxyType(_weight_table(methods)),
             metadata,
         )
@@ -155,7 +157,7 @@ class Program:
         return graph
 
 
-def _state_table(methods: Mapping[str, Method]) -> dict[str, StateRow]:
+def _state_table(methods: Mapping[str, Method], max_context: int) -> dict[str, StateRow]:
     changed = {name: mutated_buffers(method.exported) for name, method in methods.items()}
     rows: dict[str, StateRow] = {}
     for row_name in sorted(frozenset().union(*changed.values())):
@@ -176,12 +178,18 @@ def _state_table(methods: Mapping[str, Method]) -> dict[str, StateRow]:
             row_name,
             tuple(first.shape),
             first.dtype,
-            KV_LAYOUT if HANDLER_NAME in row_name.split(".") else "any",
+            _layout(row_name, first, max_context),
             first,
             tuple(name for name in users if _reads(methods[name].exported, row_name)),
             tuple(name for name in users if row_name in changed[name]),
         )
     return rows
+
+
+def _layout(name: str, row: Tensor, max_context: int) -> str:
+    if HANDLER_NAME not in name.split("."):
+        return "any"
+    return RING_LAYOUT if row.dim() == len(RING_LAYOUT) and row.shape[1] < max_context else KV_LAYOUT
 
 
 def _reads(exported: ExportedProgram, name: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from triptych.compiler.program import KV_LAYOUT, Program
+from triptych.compiler.program import KV_LAYOUT, RING_LAYOUT, Program
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Property:
 def _without_kv_cache(program: Program) -> str | None:
     for kind in ("prefill", "decode"):
         for name, _ in program.methods_with(kind):
-            if not any(row.layout == KV_LAYOUT and name in row.writers for row in program.state.values()):
+            caches = [row for row in program.state.values() if row.layout in (KV_LAYOUT, RING_LAYOUT)]
+            if not any(name in row.writers for row in caches):
                 return f"{name} writes no row of a key-value cache"
     return None
 

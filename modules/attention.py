@@ -1,44 +1,60 @@
 """Attention modules that take the place of one ``scaled_dot_product_attention`` call.
 
-A routed call (see `routing`) hands its arguments to `CachedAttention`, which keeps the keys and values of
-past calls and leaves the arithmetic to a kernel module, so that one pass adds the cache and another chooses
-the kernel.
+A routed call (see `routing`) hands its arguments to `CachedAttention`. Its cache keeps the keys and values of past
+calls and leaves the arithmetic to kernels, so that one pass adds the cache and another chooses the kernels.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from triptych.modules.kv_cache import StaticKVCache
-from triptych.modules.operators import cached_sdpa
+from triptych.modules.kv_cache import KVCache
+from triptych.modules.operators import attention as reference
 from triptych.modules.position import current_start_pos
 
 
-class AtenCachedSDPA(nn.Module):
+class AtenKernels(nn.Module):
     """Cached attention spelled in aten: a mask over all slots of the cache."""
 
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, scale: float | None) -> Tensor:
-        """Shapes as in `triptych.modules.operators.cached_sdpa`."""
-        return cached_sdpa(query, keys, values, start_pos, scale)
+    cached_sdpa = staticmethod(reference.cached_sdpa)
+    ring_sdpa = staticmethod(reference.ring_sdpa)
+    quantized_cached_sdpa = staticmethod(reference.quantized_cached_sdpa)
 
 
-class OperatorCachedSDPA(nn.Module):
+class OperatorKernels(nn.Module):
     """Cached attention as one neutral operator, which each target legalizes to its best kernel."""
 
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, scale: float | None) -> Tensor:
-        """Shapes as in `triptych.modules.operators.cached_sdpa`."""
-        attended: Tensor = torch.ops.triptych.cached_sdpa(query, keys, values, start_pos, scale)
+    def cached_sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call ``triptych::cached_sdpa``."""
+        attended: Tensor = torch.ops.triptych.cached_sdpa(*args, **kwargs)
+        return attended
+
+    def ring_sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call ``triptych::ring_sdpa``."""
+        attended: Tensor = torch.ops.triptych.ring_sdpa(*args, **kwargs)
+        return attended
+
+    def quantized_cached_sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call ``triptych::quantized_cached_sdpa``."""
+        attended: Tensor = torch.ops.triptych.quantized_cached_sdpa(*args, **kwargs)
         return attended
 
 
 class CachedAttention(nn.Module):
-    """Causal self-attention over everything seen so far, called like ``scaled_dot_product_attention``."""
+    """Causal self-attention over everything its cache keeps, called like ``scaled_dot_product_attention``.
 
-    def __init__(self, cache: StaticKVCache) -> None:
+    With `drops_mask` a mask is accepted and not looked at: whoever sets it has seen that the mask says what the cache
+    does by itself.
+    """
+
+    def __init__(self, cache: KVCache, *, drops_mask: bool = False) -> None:
         super().__init__()
         self.cache = cache
-        self.kernel: nn.Module = AtenCachedSDPA()
+        self.kernel: AtenKernels | OperatorKernels = AtenKernels()
+        self.drops_mask = drops_mask
 
     def forward(
         self,
@@ -56,9 +72,7 @@ class CachedAttention(nn.Module):
         `is_causal` and `enable_gqa` are what the replaced call said; the cached form is always causal and
         groups queries where H differs from H_kv. Raises `ValueError` for a mask or for dropout.
         """
-        if attn_mask is not None or dropout_p != 0.0:
+        if (attn_mask is not None and not self.drops_mask) or dropout_p != 0.0:
             raise ValueError("cached attention replaces causal calls only: no attn_mask, no dropout")
-        start_pos = current_start_pos()
-        keys, values = self.cache.update(key.transpose(1, 2), value.transpose(1, 2), start_pos)
-        attended: Tensor = self.kernel(query.transpose(1, 2), keys, values, start_pos, scale)
-        return attended.transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return self.cache.attend(self.kernel, query, key, value, current_start_pos(), scale).transpose(1, 2)

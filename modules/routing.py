@@ -51,23 +51,24 @@ class _AttentionRoute(TorchFunctionMode):
 class _RoutedForward:
     """The owner's forward under a route; an object and no closure, so that deep copies rebind to the copy."""
 
-    def __init__(self, owner: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, name: str) -> None:
         self.owner = owner
+        self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _AttentionRoute(self.owner.get_submodule(HANDLER_NAME)):
+        with _AttentionRoute(self.owner.get_submodule(self.name)):
             return type(self.owner).forward(self.owner, *args, **kwargs)
 
 
-def route_attention(owner: nn.Module, handler: nn.Module) -> None:
-    """Send the attention call inside `owner`'s forward to `handler`, from now on.
+def route_attention(owner: nn.Module, handler: nn.Module, name: str = HANDLER_NAME) -> None:
+    """Send the attention call inside `owner`'s forward to `handler`, a child called `name`, from now on.
 
     Raises `ValueError` where `owner` already has a route or a forward of its own instance.
     """
-    if "forward" in vars(owner) or HANDLER_NAME in dict(owner.named_children()):
+    if "forward" in vars(owner) or name in dict(owner.named_children()):
         raise ValueError(f"{type(owner).__name__} already has a replaced forward; route a module once")
-    owner.add_module(HANDLER_NAME, handler)
-    owner.forward = _RoutedForward(owner)
+    owner.add_module(name, handler)
+    owner.forward = _RoutedForward(owner, name)
 
 
 def routed_handler(owner: nn.Module) -> nn.Module | None:

@@ -9,7 +9,7 @@ from triptych.compiler.attention import attention_calls
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import MatchLog, SourceTransform
 from triptych.compiler.properties import KV_CACHE, Property
-from triptych.modules.attention import AtenCachedSDPA, CachedAttention, OperatorCachedSDPA
+from triptych.modules.attention import AtenKernels, CachedAttention, OperatorKernels
 from triptych.modules.routing import routed_handler
 
 
@@ -17,15 +17,16 @@ from triptych.modules.routing import routed_handler
 class SwapSDPA(SourceTransform):
     """Let each target choose the kernel of cached attention.
 
-    1. Where a module's attention goes through a cache, its arithmetic becomes ``triptych::cached_sdpa``, which
-       a target legalizes to its best kernel (``llama::custom_sdpa`` on ExecuTorch).
+    1. Where a module's attention goes through a cache, its arithmetic becomes one operator: ``triptych::cached_sdpa``
+       over a static cache, ``triptych::ring_sdpa`` over a ring, ``triptych::quantized_cached_sdpa`` over int8. A
+       target legalizes it to its best kernel (``llama::custom_sdpa`` on ExecuTorch).
     2. Attention without a cache keeps its aten call, which every target lowers already.
     """
 
     name: ClassVar[str] = "swap-sdpa"
     requires: ClassVar[frozenset[Property]] = frozenset({KV_CACHE})
     uniform: ClassVar[bool] = True
-    after: ClassVar[frozenset[str]] = frozenset({"static-kv-cache"})
+    after: ClassVar[frozenset[str]] = frozenset({"static-kv-cache", "ring-kv-cache", "sink-kv-cache"})
 
     def transform(self, model: Model, log: MatchLog) -> Model:
         """Swap the kernel of every cached attention."""
@@ -33,10 +34,10 @@ class SwapSDPA(SourceTransform):
             handler = routed_handler(module)
             if not isinstance(handler, CachedAttention):
                 continue
-            if not isinstance(handler.kernel, AtenCachedSDPA):
+            if not isinstance(handler.kernel, AtenKernels):
                 log.refused(name, f"its kernel is {type(handler.kernel).__name__} already")
             elif log.match(name):
-                handler.kernel = OperatorCachedSDPA()
+                handler.kernel = OperatorKernels()
         encoders = model.entry_points_with("encoder")
         for owner in dict.fromkeys(call.owner for call in attention_calls(model, encoders)):
             log.refused(owner, "attends without a cache; the aten call stays")

@@ -134,6 +134,14 @@ def test_cached_attention_refuses_what_it_cannot_do(options: dict[str, Any]) -> 
         attention(x, x, x, **options)
 
 
+def test_a_mask_that_was_read_is_dropped() -> None:
+    attention = CachedAttention(StaticKVCache(12, 1, 4, 4, torch.float32), drops_mask=True)
+    x = torch.randn(1, 1, 3, 4)
+    with sequence_position(torch.tensor([0])):
+        masked = attention(x, x, x, attn_mask=torch.full((3, 3), float("-inf")).triu(1))
+    torch.testing.assert_close(masked, F.scaled_dot_product_attention(x, x, x, is_causal=True))
+
+
 def test_a_cache_outside_an_entry_point_says_what_is_missing() -> None:
     attention = CachedAttention(StaticKVCache(12, 1, 4, 4, torch.float32))
     x = torch.randn(1, 1, 1, 4)

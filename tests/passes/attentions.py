@@ -1,4 +1,4 @@
-"""Attention modules that `static-kv-cache` must leave alone, each for one reason."""
+"""Attention modules that cache passes must leave alone, each for one reason; at the end those with masks they read."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,12 @@ from tests.compiler.tiny import WIDTH, TinyAttention
 
 
 class Masked(TinyAttention):
+    """The first two positions see each other; the rest is causal."""
+
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        mask[:, :2] = True
         return self.merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
 
 
@@ -49,3 +52,18 @@ class Cross(TinyAttention):
     def forward(self, x: Tensor) -> Tensor:
         query, (_, key, value) = self.split(x)[0], self.split(self.memory)
         return self.merge(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+class Banded(TinyAttention):
+    """Causal attention by an explicit mask: the last `window` positions, and the first `sink`."""
+
+    def __init__(self, window: int, sink: int = 0, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.window, self.sink = window, sink
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        at = torch.arange(x.shape[1])
+        near = at.unsqueeze(0) > at.unsqueeze(1) - self.window
+        mask = (at.unsqueeze(0) <= at.unsqueeze(1)) & (near | (at.unsqueeze(0) < self.sink))
+        return self.merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.compiler import tiny
+from tests.modules import cases
+from tests.modules.engines import captured_calls
 from triptych.compiler.model import CONTEXT, EntryPoint, Metadata, Model, OutputPort
 from triptych.compiler.program import Program
 from triptych.compiler.roles import OTHER
@@ -180,3 +182,50 @@ def test_legalizing_changes_nothing_of_methods_without_such_operators(fp32: Capt
     program = fp32.rewrite("legalize-aten").program
     assert program.methods["token_embedding"] is fp32.program.methods["token_embedding"]
     assert program.metadata == replace(fp32.program.metadata)
+
+
+# ------------------------------------------------------------------------------------------------ every operator
+
+
+@pytest.mark.parametrize("target", ["aten", "executorch"])
+@pytest.mark.parametrize("name", cases.CACHES)
+def test_no_kind_of_cache_leaves_a_neutral_operator(name: str, target: str) -> None:
+    captured = captured_calls(*cases.cached(cases.CACHES[name]))
+    assert "triptych" in namespaces(captured.program)
+    legal = captured.rewrite(f"legalize-{target}").program
+    assert namespaces(legal) <= TORCH_NAMESPACES | ({"llama"} if target == "executorch" else set())
+    assert overloads(legal)["llama.custom_sdpa.default"] == (target == "executorch")
+
+
+def test_executorch_spells_out_what_its_kernel_cannot_do() -> None:
+    """Of four attentions two have masks; one has a soft cap and one values wider than keys."""
+    legal = captured_calls(*cases.masked()).rewrite("legalize-executorch").program
+    found = overloads(legal)
+    assert found["llama.custom_sdpa.default"] == 2
+    assert (found["aten.tanh.default"], found["aten.scaled_dot_product_attention.default"]) == (1, 1)
+    assert not [name for name in found if name.startswith("triptych.")]
+
+
+def test_executorch_gives_its_kernel_the_mask_and_no_causality() -> None:
+    legal = captured_calls(*cases.cached(cases.static(6))).rewrite("legalize-executorch").program
+    (method,) = legal.methods.values()
+    (call,) = [node for node in method.exported.graph.nodes if node.target is torch.ops.llama.custom_sdpa.default]
+    start, mask, _, is_causal = call.args[3:7]
+    assert (start, is_causal) == (0, False)
+    assert isinstance(mask, torch.fx.Node)
+    assert (mask.meta["val"].dtype, mask.meta["val"].dim()) == (torch.float32, 2)
+
+
+def test_executorch_looks_up_tables_in_its_own_kernels() -> None:
+    found = overloads(captured_calls(*cases.table()).rewrite("legalize-executorch").program)
+    assert found["quantized_decomposed.embedding_byte.default"] == 1
+    assert found["quantized_decomposed.embedding_4bit.default"] == 1
+
+
+def test_a_rings_writes_stay_behind_its_attention_where_several_positions_come() -> None:
+    """What the attention sees must be read before it is overwritten."""
+    legal = captured_calls(*cases.cached(cases.ring())).rewrite("legalize-executorch").program
+    (method,) = legal.methods.values()
+    order = [str(node.target) for node in method.exported.graph.nodes]
+    assert order.index("aten.copy_.default") > order.index("llama.custom_sdpa.default")
+    assert "llama.update_cache.default" not in order

@@ -1,6 +1,8 @@
-"""`static-kv-cache` takes plain causal self-attention, refuses the rest with its reason, and changes nothing else."""
+"""`static-kv-cache` takes causal and sliding self-attention, refuses the rest with reasons, changes nothing else."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,13 +10,19 @@ from torch import nn
 
 from tests.compiler import tiny
 from tests.passes import attentions
+from tests.passes.lowered import assert_lowered_parity
+from triptych.compiler.model import Model
+from triptych.compiler.pass_kinds import MatchLog
 from triptych.compiler.stages import Source
-from triptych.errors import PipelineError
+from triptych.errors import PipelineError, VerificationError
 from triptych.modules.attention import CachedAttention
+from triptych.modules.kv_cache import StaticKVCache
 from triptych.modules.routing import routed_handler
+from triptych.passes.static_kv_cache import StaticKVCachePass
+from triptych.testing import check_pass, default_model
 
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
-    "an explicit mask": (attentions.Masked, "passes an explicit mask"),
+    "a mask of another kind": (attentions.Masked, "passes an explicit mask that .*; only causal and sliding attention"),
     "not causal": (attentions.NotCausal, r"is not causal \(is_causal=False\)"),
     "dropout": (attentions.Dropping, "uses dropout"),
     "two calls in one module": (attentions.Twice, "makes 2 attention calls in one prefill"),
@@ -107,3 +115,56 @@ def test_the_embedded_model_caches_its_decoder_and_not_its_vision_tower(demo_mod
     names = cached(source)
     assert len(names) == 4
     assert all("language_model" in name and "vision" not in name for name in names)
+
+
+# ------------------------------------------------------------------------------------------------ sliding layers
+
+WINDOW = 5
+
+
+def sliding_model() -> Model:
+    """One layer with a window by an explicit mask, one with a causal mask, one with none."""
+    plain = attentions.Banded(window=tiny.CONTEXT_LENGTH)
+    return tiny.tiny(attentions.Banded(WINDOW), plain, tiny.TinyAttention())
+
+
+def windows(source: Source) -> list[int | None]:
+    caches = [module for module in source.model.module.modules() if isinstance(module, StaticKVCache)]
+    return [cache.window for cache in caches]
+
+
+def test_masks_are_read_and_windows_kept() -> None:
+    source = Source(sliding_model()).transform("static-kv-cache")
+    assert windows(source) == [WINDOW, None, None]
+    assert {buffer.shape[1] for name, buffer in source.model.module.named_buffers()} == {tiny.CONTEXT_LENGTH}
+
+
+def test_a_window_as_long_as_the_context_is_none() -> None:
+    source = Source(sliding_model()).transform(f"static-kv-cache{{max={WINDOW}}}")
+    assert windows(source) == [None, None, None]
+
+
+@pytest.mark.parametrize("model", [sliding_model, tiny.tiny, default_model])
+def test_it_keeps_parity(model: Callable[[], Model]) -> None:
+    subject = model()
+    check_pass(StaticKVCachePass(), subject, matches=4 if model is default_model else len(subject.module.blocks))
+
+
+def test_sliding_attention_keeps_parity_after_lowering(tmp_path: Path) -> None:
+    assert_lowered_parity(sliding_model(), "static-kv-cache,swap-sdpa", "xnnpack", tmp_path)
+
+
+@pytest.mark.parametrize("error", [-1, 1])
+def test_a_window_off_by_one_is_noticed(error: int) -> None:
+    class Wrong(StaticKVCachePass):
+        name: ClassVar[str] = "wrong-window"
+
+        def transform(self, model: Model, log: MatchLog) -> Model:
+            model = super().transform(model, log)
+            for cache in model.module.modules():
+                if isinstance(cache, StaticKVCache) and cache.window is not None:
+                    cache.window += error
+            return model
+
+    with pytest.raises(VerificationError, match="computes something else"):
+        check_pass(Wrong(), sliding_model(), matches=3)
