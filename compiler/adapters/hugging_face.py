@@ -7,6 +7,7 @@ forward, so scaled or capped logits stay what they are. The description is state
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from triptych.manifest import DynamicDim, TensorSignature
 
 DEFAULT_CONTEXT: Final = 2048
 ATTENTION_NAME: Final = "triptych_plain"
+IMAGE_POSITIONS: Final = frozenset({"token_type_ids", "mm_token_type_ids"})
+"""The arguments by which a decoder hears which positions are an image's."""
 SEQUENCE: Final = DynamicDim("S", 1, CONTEXT)
 START_POS: Final = TensorSignature("start_pos", "int64", (1,), ("position",))
 
@@ -70,11 +73,17 @@ def _no_progress_bar() -> Iterator[None]:
 def describe(module: Any, assets: Assets, *, max_context: int | None = None, name: str = "") -> Model:
     """Describe a loaded ``PreTrainedModel``: entry points by the ABI, metadata, and its eager reference.
 
-    `max_context` defaults to what the model allows, at most 2,048. Raises `ModelError` for an encoder-decoder
-    and for a context the model does not allow.
+    `max_context` defaults to what the model allows, at most 2,048. Raises `ModelError` for an encoder-decoder, for a
+    context the model does not allow, and for a model that treats the positions of an image in a way of their own.
     """
     config = module.config
     context, limit = context_of(config, max_context)
+    telling = IMAGE_POSITIONS & inspect.signature(module.forward).parameters.keys()
+    if assets.pixel_shape is not None and telling:
+        raise ModelError(
+            f"{config.model_type} takes {min(telling)}: it masks or counts the positions of an image in another way "
+            "than those of text, which is not supported"
+        )
     width = int(module.get_input_embeddings().weight.shape[1])
     image = assets.image_settings(_image_tokens(module, assets))
     if image is not None and image.tokens >= context:
@@ -93,6 +102,7 @@ def describe(module: Any, assets: Assets, *, max_context: int | None = None, nam
             chat=assets.chat,
             components=_components(module, has_image=assets.pixel_shape is not None),
             provenance={"model": name, "model_type": str(config.model_type)},
+            special_ids=assets.special_ids,
         ),
         eager=_eager,
         tokenizer_file=assets.tokenizer_file,
@@ -227,7 +237,8 @@ def plain_attention(module: Any) -> Iterator[None]:
     """Let every attention of `module` be one ``scaled_dot_product_attention`` call, for the time of a call.
 
     Uses the library's own attention and mask interfaces; both are global, so the registration and the
-    configurations are restored. A mask that is neither causal nor absent raises `ModelError`.
+    configurations are restored. A mask that is neither causal nor absent, such as a sliding window, is an explicit
+    boolean one. Options that such a call cannot express raise `ModelError`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -280,11 +291,13 @@ def _plain_attention(
     return attended.transpose(1, 2), None
 
 
-def _plain_mask(*, mask_function: Callable[..., Any], **_: Any) -> None:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+def _plain_mask(*, mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
+    """Return None for a mask that the attention's `is_causal` says already, else the mask itself, boolean."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise ModelError(
-            "the model masks its attention in another way than causally (a sliding window, image blocks or "
-            "packed sequences), which is not supported"
-        )
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        return None
+    # Nothing is padded, and under export a mask must not be there or not for the length of the example.
+    options |= {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor = sdpa_mask(mask_function=mask_function, **options)
+    return mask

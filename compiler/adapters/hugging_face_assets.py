@@ -13,7 +13,10 @@ from triptych.manifest import ChatSettings, ImageSettings
 
 @dataclass(frozen=True)
 class Assets:
-    """Files and settings of a checkpoint. `pixel_shape` is (1, 3, H, W), None for a text model."""
+    """Files and settings of a checkpoint. `pixel_shape` is (1, 3, H, W), None for a text model.
+
+    `special_ids` are the tokens that were added to the tokenizer's own: those of the chat template among them.
+    """
 
     tokenizer_file: Path | None
     bos_id: int | None
@@ -22,6 +25,7 @@ class Assets:
     processor: Any
     image_token_id: int | None
     pixel_shape: tuple[int, int, int, int] | None
+    special_ids: tuple[int, ...] = ()
 
     def image_settings(self, tokens: int) -> ImageSettings | None:
         """Describe preprocessing and placeholders, `tokens` being the embeddings of one image."""
@@ -93,6 +97,7 @@ def read_assets(folder: Path, config: Any) -> Assets:
         processor=processor,
         image_token_id=image_token_id,
         pixel_shape=pixel_shape,
+        special_ids=tuple(sorted(vocabulary.values())),
     )
 
 
