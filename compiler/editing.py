@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
+from triptych.compiler.derived_weights import DerivedWeights
 from triptych.compiler.fingerprint import graph_key
 from triptych.compiler.provenance import CAPTURE, MADE_BY
 from triptych.errors import VerificationError
@@ -113,13 +114,14 @@ def tidied(exported: ExportedProgram) -> ExportedProgram:
 
     1. Parameters, buffers and constants that no node uses are dropped: export lists every tensor of the module.
        Other names of a tensor that is used (tied weights) are kept.
-    2. Assertions about dtypes that tracing has settled are dropped.
+    2. Assertions about dtypes that tracing has settled are dropped, and so is what no result or state depends on.
     3. Tensors are detached, sharing their storage: no target lowers a mutation beside a gradient.
     """
     graph_module = copy_graph_module(exported)
     for node in list(graph_module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
     state = {name: _detached(value) for name, value in exported.state_dict.items()}
     return _with_used_tensors(exported, graph_module, exported.graph_signature, state)
 
@@ -184,11 +186,18 @@ class Traced:
 
 
 class GraphEditor:
-    """A method's graph under change. `made_by` names the pass at work; the nodes it adds will carry that name."""
+    """A method's graph under change. `made_by` names the pass at work; the nodes it adds will carry that name.
 
-    def __init__(self, exported: ExportedProgram, made_by: str = CAPTURE) -> None:
+    The manager hands one `derived` to the editors of all methods in a run, so that they share the weights they derive.
+    """
+
+    def __init__(
+        self, exported: ExportedProgram, made_by: str = CAPTURE, derived: DerivedWeights | None = None
+    ) -> None:
         self._exported = exported
         self._made_by = made_by
+        self._derived = DerivedWeights(mutated_buffers(exported)) if derived is None else derived
+        self._derived_nodes: dict[int, Node] = {}
         self._bound = bound_names(exported)
         self._inputs = list(exported.graph_signature.input_specs)
         self._state = dict(exported.state_dict)
@@ -234,6 +243,13 @@ class GraphEditor:
             raise VerificationError(f"{node.name} stands for no parameter, buffer or constant")
         return value
 
+    def is_weight(self, node: Node) -> bool:
+        """True where `node` stands for a parameter, buffer or constant tensor that no call changes."""
+        name = self.tensor_name(node)
+        if name is None or name in self._derived.state:
+            return False
+        return isinstance(self._state.get(name, self._exported.constants.get(name)), Tensor)
+
     def add_weight(self, name: str, value: Tensor) -> Node:
         """Add a parameter called `name` and return the node that stands for it.
 
@@ -250,6 +266,31 @@ class GraphEditor:
         self._state[unique] = torch.nn.Parameter(value.detach(), requires_grad=False)
         self._inputs.insert(0, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), unique))
         return node
+
+    def derive_weight(
+        self, name: str, sources: Sequence[Node], make: Callable[..., Tensor], key: Hashable = ()
+    ) -> Node:
+        """Add the weight ``make(*tensors)`` over the tensors that `sources` stand for, and return its node.
+
+        It is computed once in a run of a pass over all methods: the same elements of the same storages, the same
+        function and an equal `key` give one tensor, so methods that share the sources share it too, and a second
+        call in one method gives the node of the first. `key` must hold whatever else the result depends on, such as
+        values that `make` has from around it. `make` must be deterministic; it may return a view.
+
+        Raises `VerificationError` for a source that is no parameter, buffer or constant, and for state, whose value
+        at compile time says nothing of a call.
+        """
+        for source in sources:
+            if self.tensor_name(source) is not None and not self.is_weight(source):
+                raise VerificationError(
+                    f"{source.name} stands for the state {self.tensor_name(source)}, which calls change; a weight can "
+                    "be derived from tensors that stay as they are"
+                )
+        value = self._derived.get([self.tensor(source) for source in sources], make, key)
+        identity = storage_identity(value)
+        if identity not in self._derived_nodes:
+            self._derived_nodes[identity] = self.add_weight(name, value)
+        return self._derived_nodes[identity]
 
     @property
     def last_placeholder(self) -> Node:
@@ -303,12 +344,21 @@ class GraphEditor:
             node.meta["unbacked_bindings"] = bindings
 
     def refresh_after(self, *changed: Node) -> None:
-        """Compute again the values of everything that depends on `changed`, in order."""
+        """Compute again the values of everything that depends on `changed`, in order.
+
+        A ``view`` that new strides no longer allow becomes a ``reshape``.
+        """
         dirty = set(changed)
         for node in self.graph.nodes:
             if node.op == "call_function" and any(used in dirty for used in node.all_input_nodes):
                 before = node.meta.get("val")
-                self.refresh(node)
+                try:
+                    self.refresh(node)
+                except (RuntimeError, ValueError):
+                    if node.target is not torch.ops.aten.view.default:
+                        raise
+                    node.target = torch.ops.aten.reshape.default
+                    self.refresh(node)
                 if not _same_value(before, node.meta["val"]):
                     dirty.add(node)
 

@@ -11,7 +11,8 @@ from torch.fx import Graph, Node
 def fingerprint(exported: ExportedProgram) -> int:
     """Return a number that is equal for programs of equal graphs over the same tensors, within one process."""
     specs = exported.graph_signature
-    bound = [(str(spec.kind), spec.target, id(exported.state_dict.get(spec.target))) for spec in specs.input_specs]
+    tensors = {**exported.constants, **exported.state_dict}
+    bound = [(str(spec.kind), spec.target, id(tensors.get(spec.target))) for spec in specs.input_specs]
     returned = [(str(spec.kind), spec.target) for spec in specs.output_specs]
     return hash((tuple(bound), tuple(returned), graph_key(exported.graph)))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from triptych.compiler.budget import BudgetError, find_culprit
 from triptych.compiler.capture import capture
+from triptych.compiler.derived_weights import DerivedWeights
 from triptych.compiler.editing import GraphEditor
 from triptych.compiler.fingerprint import fingerprint
 from triptych.compiler.model import Model
@@ -165,10 +166,10 @@ def _run_one(one: GraphPass | ProgramPass, program: Program, select: Select | No
 
 
 def _run_graph_pass(one: GraphPass, program: Program, select: Select | None) -> tuple[Program, list[MatchLog]]:
-    logs, exported = [], {}
+    logs, exported, derived = [], {}, DerivedWeights(program.state)
     for name, method in program.methods.items():
         log = _log(name, select)
-        editor = GraphEditor(method.exported, one.name)
+        editor = GraphEditor(method.exported, one.name, derived)
         one.rewrite(editor, method, log)
         logs.append(log)
         if log.matches:
