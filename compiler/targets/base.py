@@ -11,11 +11,27 @@ from typing import ClassVar, Final, Protocol
 from triptych.compiler.program import Program
 from triptych.compiler.quantize.recipes import Recipe
 from triptych.compiler.registry import built_in_names, plugins, resolve
+from triptych.compiler.targets.missing_sdk import refusal
 from triptych.errors import UsageError
 from triptych.manifest import Manifest, ProgramFile
 
 TARGET_GROUP: Final = "triptych.targets"
 TARGET_PACKAGE: Final = "triptych.compiler.targets"
+HELPERS: Final = frozenset(
+    {
+        "acyclic-partitions",
+        "base",
+        "custom-ops",
+        "edge",
+        "executorch",
+        "missing-sdk",
+        "needed-passes",
+        "partitioners",
+        "pte",
+        "pte-target",
+    }
+)
+"""Files of the package that are no targets."""
 
 
 class Emission(Protocol):
@@ -55,12 +71,15 @@ def target_names() -> tuple[str, ...]:
 
 
 def find_target(name: str) -> type[Target]:
-    """Return the class of the target called `name`; raises `UsageError` for an unknown one."""
+    """Return the class of the target called `name`; raises `UsageError` for one that is unknown or needs an SDK."""
+    if name not in target_names():
+        reason = refusal(name, ", ".join(target_names()))
+        if reason is not None:
+            raise UsageError(reason)
     found = resolve(name, _built_in(), plugins(TARGET_GROUP), Target, "target", UsageError)
     target_class: type[Target] = found
     return target_class
 
 
 def _built_in() -> dict[str, str]:
-    helpers = ("base", "custom-ops", "executorch", "pte")
-    return {name: module for name, module in built_in_names(TARGET_PACKAGE).items() if name not in helpers}
+    return {name: module for name, module in built_in_names(TARGET_PACKAGE).items() if name not in HELPERS}

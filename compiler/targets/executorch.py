@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch.export import ExportedProgram
 
+from triptych.compiler.abi import constant_methods
 from triptych.compiler.editing import bound_names, copy_graph_module, mutated_buffers, rebuild
+from triptych.compiler.partition_explainer import tag
 from triptych.compiler.program import Program
+from triptych.compiler.targets.acyclic_partitions import acyclic_partitions
 from triptych.compiler.targets.custom_ops import register_llama_operators
+from triptych.compiler.targets.edge import to_edge_transform_and_lower
+from triptych.compiler.targets.needed_passes import needed_passes_only
 from triptych.errors import LoweringError, TriptychError
 from triptych.manifest import Manifest
 
@@ -33,34 +39,32 @@ class PteBytes:
             self.manager.write_to_file(stream)
 
 
-def lower(program: Program, manifest: Manifest, partitioners: Sequence[Any], report: Callable[[str], None]) -> PteBytes:
+def lower(program: Program, manifest: Manifest, partitioner: Any, report: Callable[[str], None]) -> PteBytes:
     """Lower every method of `program` and put them in one file.
 
     1. Mutable buffers of one name get one place in one arena (`share_mutable_buffers`), and their names are
-       emitted, so the state is shared and reachable.
+       emitted, so the state is shared and reachable. State that a method only reads is no exception.
     2. Equal weights are stored once by ExecuTorch's named data and constant segments.
-    3. The manifest without hashes travels as the constant method ``triptych_manifest``.
+    3. The manifest without hashes travels as the constant method ``triptych_manifest``, beside what the program's ABI
+       asks for.
 
-    Raises `LoweringError` for state that a method only reads, for quantized layers left without a kernel, and
-    where ExecuTorch itself gives up.
+    Raises `LoweringError` for quantized layers left without a kernel, and where ExecuTorch itself gives up.
     """
     register_llama_operators()
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-    _refuse_read_only_state(program)
-    methods = {name: _stripped(method.exported) for name, method in program.methods.items()}
+    from triptych.compiler.targets.partitioners import dynamic_slices
+
+    written = {name: _with_state_written(program, method.exported) for name, method in program.methods.items()}
+    methods = {name: _stripped(name, exported) for name, exported in written.items()}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), needed_passes_only(), acyclic_partitions():
             warnings.simplefilter("ignore")
             report("partition")
-            edge = to_edge_transform_and_lower(
-                methods,
-                partitioner={name: list(partitioners) for name in methods},
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                constant_methods={MANIFEST_METHOD: manifest.without_hashes().to_json()},
-            )
+            constants = {MANIFEST_METHOD: manifest.without_hashes().to_json(), **constant_methods(program)}
+            edge = to_edge_transform_and_lower(methods, partitioner, constants)
             _refuse_undelegated_quantization({name: edge.exported_program(name) for name in methods})
             report("emit")
             lowered = edge.to_executorch(
@@ -82,22 +86,38 @@ def lower(program: Program, manifest: Manifest, partitioners: Sequence[Any], rep
     return PteBytes(lowered)
 
 
-def _stripped(exported: ExportedProgram) -> ExportedProgram:
-    """Return a copy whose nodes carry values and no source history: lowering copies metadata at every step."""
+def _stripped(method: str, exported: ExportedProgram) -> ExportedProgram:
+    """Return a copy whose nodes carry values, and a short tag in place of their source history.
+
+    Lowering copies metadata at every step; the tag lets the partition explainer find the captured node again.
+    """
     graph_module = copy_graph_module(exported)
     for node in graph_module.graph.nodes:
         node.meta = {key: node.meta[key] for key in KEPT_METADATA if key in node.meta}
+        node.meta["stack_trace"] = tag(method, node)
     return rebuild(exported, graph_module)
 
 
-def _refuse_read_only_state(program: Program) -> None:
-    for row in program.state.values():
-        for name, method in program.methods.items():
-            if row.name in bound_names(method.exported).values() and row.name not in mutated_buffers(method.exported):
-                raise LoweringError(
-                    f"method {name} reads the state {row.name} and never writes it: ExecuTorch would freeze it as a "
-                    "constant; write it in that method too"
-                )
+def _with_state_written(program: Program, exported: ExportedProgram) -> ExportedProgram:
+    """Return `exported` with each state row that it only reads written back to itself.
+
+    ExecuTorch takes a buffer that a method does not write for a constant, and a delegate may swallow its value at
+    export. A row that is written is a mutable buffer; that it is written with itself, ExecuTorch finds out while it
+    makes the program functional, so no copy is emitted. Where a delegate would still freeze the row, it refuses.
+    """
+    names = {fqn: argument for argument, fqn in bound_names(exported).items()}
+    only_read = [row for row in program.state if row in names and row not in mutated_buffers(exported)]
+    if not only_read:
+        return exported
+    graph_module = copy_graph_module(exported)
+    placeholders = {node.name: node for node in graph_module.graph.nodes if node.op == "placeholder"}
+    with graph_module.graph.inserting_before(graph_module.graph.output_node()):
+        for row in only_read:
+            node = placeholders[names[row]]
+            written = graph_module.graph.call_function(torch.ops.aten.copy_.default, (node, node))
+            written.meta["val"] = node.meta["val"]
+    graph_module.recompile()
+    return rebuild(exported, graph_module)
 
 
 def _refuse_undelegated_quantization(methods: dict[str, Any]) -> None:

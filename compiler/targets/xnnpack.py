@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from triptych.compiler.program import Program
 from triptych.compiler.quantize.recipes import Recipe
-from triptych.compiler.targets.base import Emission, Target
+from triptych.compiler.targets.pte_target import PteTarget
 from triptych.errors import RecipeError
-from triptych.manifest import Manifest, ProgramFile
 
 
 @dataclass(frozen=True)
-class Xnnpack(Target):
+class Xnnpack(PteTarget):
     """CPU inference with XNNPACK; one partitioner serves float and quantized layers."""
 
     name: ClassVar[str] = "xnnpack"
-    engine: ClassVar[str] = "executorch"
 
     def pipeline(self) -> str:
         """Return the legalizing pipeline."""
-        return "legalize-executorch,expand-tanh-gelu"
+        return "legalize-executorch,expand-tanh-gelu,expand-norms,mean-as-linear,expand-splits,infer-view-sizes"
 
     def check(self, recipe: Recipe) -> None:
         """Refuse groups that XNNPACK cannot take: 4-bit weights in groups of a multiple of 32."""
@@ -33,16 +30,8 @@ class Xnnpack(Target):
                     "is no multiple of 32; use recipe 8da4w"
                 )
 
-    def program_files(self, program: Program) -> tuple[ProgramFile, ...]:
-        """Announce ``model.pte``."""
-        from triptych.compiler.targets.executorch import PTE_FILE
+    def partitioner(self, program: Program) -> Any:
+        """Return XNNPACK's partitioner for float and quantized layers alike."""
+        from triptych.compiler.targets.partitioners import WatchedXnnpack
 
-        return (ProgramFile(PTE_FILE, self.engine, tuple(program.methods)),)
-
-    def emit(self, program: Program, manifest: Manifest, report: Callable[[str], None]) -> Emission:
-        """Lower through the XNNPACK partitioner."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-        from triptych.compiler.targets.executorch import lower
-
-        return lower(program, manifest, [XnnpackPartitioner()], report)
+        return WatchedXnnpack()

@@ -12,6 +12,7 @@ alias the arenas.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -38,6 +39,9 @@ _HEADER_MAGIC: Final = b"eh00"
 
 # cpuinfo tells about device files that only some phones have; the pool tells about its own size.
 _NOISE: Final = ("[cpuinfo_utils.cpp:", "[threadpool.cpp:")
+
+# What the runtime says of a delegate that it was not built with (executorch/runtime/executor/method.cpp).
+_MISSING_BACKEND: Final = re.compile(r"Backend (?P<name>\w+) is not registered")
 
 # XNNPACK keeps a pointer to the pool, so the pool's size may only change while no program is loaded (tried:
 # changing it afterwards crashes). This set is how the process knows.
@@ -68,6 +72,13 @@ def load_executorch(folder: Path, program: ProgramFile, manifest: Manifest, thre
             methods = {name: native.load_method(name) for name in program.methods}
     except RuntimeError as error:
         said = f"{error} ({log[-1]})" if log else str(error)
+        missing = _MISSING_BACKEND.search(said)
+        if missing is not None:
+            raise ArtifactError(
+                f"{path} has delegates of {missing['name']}, which this ExecuTorch runtime lacks (it has "
+                f"{', '.join(sorted(binding._get_registered_backend_names()))}): run it where that back end is "
+                "installed, or export for the target xnnpack; `triptych inspect` works here"
+            ) from error
         raise ArtifactError(f"{path} does not load in ExecuTorch: {said}; export the model again") from error
     rows = owned_rows(manifest, program)
     state = {row.name: _live_tensor(methods, row, path) for row in rows}

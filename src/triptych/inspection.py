@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def _artifact(path: Path, manifest: Manifest) -> dict[str, Any]:
     engines = {method: program for program in manifest.programs for method in program.methods}
     found: dict[str, Any] = {
         "artifact": str(path),
+        "abi": manifest.abi,
         "target": manifest.target,
         "recipe": manifest.recipe,
         "pipeline": manifest.pipeline,
@@ -49,6 +51,7 @@ def _artifact(path: Path, manifest: Manifest) -> dict[str, Any]:
                 "file": engines[name].file,
                 "inputs": [_port(port) for port in method.inputs],
                 "outputs": [_port(port) for port in method.outputs],
+                "links": _links((*method.inputs, *method.outputs)),
             }
             for name, method in manifest.methods.items()
         },
@@ -97,6 +100,16 @@ def _merge(found: dict[str, Any], pte: dict[str, Any]) -> None:
 def _port(port: TensorSignature) -> str:
     sizes = [f"{d.name}={d.minimum}..{d.maximum}" if isinstance(d, DynamicDim) else str(d) for d in port.shape]
     return f"{port.name}: {port.dtype}[{', '.join(sizes)}]"
+
+
+def _links(ports: tuple[TensorSignature, ...]) -> dict[str, list[str]]:
+    return {port.name: list(port.links) for port in ports if port.links}
+
+
+def _operators(graph: Any) -> dict[str, int]:
+    """Return operator → number of calls, most frequent first."""
+    calls = (str(node.target) for node in graph.nodes if node.op == "call_function")
+    return dict(Counter(calls).most_common())
 
 
 def _pte(path: Path) -> dict[str, Any]:
@@ -152,6 +165,7 @@ def _program(folder: Path) -> dict[str, Any]:
     program = load(folder)
     return {
         "program": str(folder),
+        "abi": program.metadata.abi,
         "max_context": program.metadata.max_context,
         "vocab_size": program.metadata.vocab_size,
         "methods": {
@@ -159,6 +173,8 @@ def _program(folder: Path) -> dict[str, Any]:
                 "roles": sorted(map(str, method.roles)),
                 "inputs": [_port(port) for port in method.inputs],
                 "outputs": [_port(port) for port in method.outputs],
+                "links": _links((*method.inputs, *method.outputs)),
+                "operators": _operators(method.exported.graph),
             }
             for name, method in program.methods.items()
         },

@@ -8,6 +8,7 @@ import click
 
 from triptych import __version__
 from triptych.cli.demo import demo
+from triptych.cli.diff import diff
 from triptych.cli.export import export
 from triptych.cli.inspect import inspect
 from triptych.cli.passes import passes
@@ -24,7 +25,7 @@ def commands() -> None:
     """Compile multimodal PyTorch models into artifacts and run them."""
 
 
-for command in (export, run, inspect, verify, passes, demo):
+for command in (export, run, inspect, diff, verify, passes, demo):
     commands.add_command(command)
 
 

@@ -23,7 +23,7 @@ from triptych.cli.console import Stages, quiet_libraries
 @click.option(
     "--max-context", type=int, default=None, help="Positions to build for. Default: the model's own, at most 2048."
 )
-@click.option("--abi", default="triptych", show_default=True, help="Contract of the entry points.")
+@click.option("--abi", default=None, help="Contract of the entry points: triptych (the default) or executorch-llm.")
 @click.option(
     "--cache",
     default=None,
@@ -38,7 +38,7 @@ def export(
     recipe: str | None,
     pipeline: str | None,
     max_context: int | None,
-    abi: str,
+    abi: str | None,
     cache: Path | None,
 ) -> None:
     """Compile MODEL, a Hugging Face checkpoint folder, into an artifact."""
@@ -50,7 +50,7 @@ def export(
             model,
             out=out,
             target=target,
-            recipe=recipe,  # type: ignore[arg-type]
+            recipe=recipe,
             pipeline=pipeline,
             max_context=max_context,
             abi=abi,

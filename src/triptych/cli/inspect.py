@@ -13,10 +13,19 @@ from triptych.cli.console import quiet_libraries
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--partition",
+    "show_partition",
+    is_flag=True,
+    help="Show instead what runs outside of delegates, with the reason and the line of the model.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, show_partition: bool, as_json: bool) -> None:
     """Show what PATH holds: an artifact, a saved program, or a .pte file."""
     quiet_libraries()
+    if show_partition:
+        _partition(path, as_json=as_json)
+        return
     from triptych.inspection import inspect as read
 
     content = read(path)
@@ -24,7 +33,7 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=2))
         return
     click.echo(f"{content['kind']} {path}")
-    for key in ("target", "recipe", "pipeline", "max_context", "vocab_size"):
+    for key in ("abi", "target", "recipe", "pipeline", "max_context", "vocab_size"):
         if key in content:
             click.echo(f"  {key.replace('_', ' ')}: {content[key]}")
     _show_methods(content["methods"])
@@ -35,6 +44,25 @@ def inspect(path: Path, as_json: bool) -> None:
         _show_stored(content["stored"])
     for name, size in content.get("files", {}).items():
         click.echo(f"  file {name}: {_size(size)}")
+
+
+def _partition(path: Path, *, as_json: bool) -> None:
+    from triptych.compiler.partition_explainer import Partition
+    from triptych.manifest import Manifest
+
+    Manifest.load(path).check_files(path)
+    partition = Partition.load(path)
+    if as_json:
+        click.echo(partition.to_json(), nl=False)
+        return
+    click.echo(f"partition of {path} by target {partition.target}")
+    for name, method in partition.methods.items():
+        delegates = ", ".join(f"{count} {back_end}" for back_end, count in method.delegates.items())
+        inside = f"{delegates}, operators in them {method.delegated_operators}" if delegates else "no delegate"
+        click.echo(f"  method {name}: {inside}; kernel calls outside {method.outside_calls}")
+        for one in method.outside:
+            lines = f" [{', '.join(one.lines)}]" if one.lines else ""
+            click.echo(f"    {one.count} {one.operator}: {one.reason}{lines}")
 
 
 def _show_methods(methods: dict[str, dict[str, Any]]) -> None:
