@@ -59,6 +59,8 @@ def describe(program: Program, target: Target, *, recipe: str, pipeline: str, ha
         pipeline=pipeline,
         versions=dict(package_versions()),
         provenance=metadata.provenance,
+        abi=metadata.abi,
+        kept_tokens=metadata.kept_tokens,
     )
 
 

@@ -141,6 +141,7 @@ def _same_memory(one: AttentionCall, other: AttentionCall) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- state rows
 
+
 def is_encoder_row(name: str) -> bool:
     """Return whether the state row called `name` holds keys or values of an encoder's output, or says if any came."""
     return CROSS_ATTENTION_NAME in name.split(".") or name == SEEN_ROW

@@ -30,6 +30,7 @@ from triptych.compiler.program_runner import ModelRunner, ProgramRunner
 from triptych.compiler.shrinking import cut_stacks
 from triptych.compiler.trace import CallTrace, Step, TraceOutputs, compare, replay
 from triptych.errors import TriptychError, UsageError
+from triptych.manifest import token_ids
 
 TRACE_FILE: Final = "trace.json"
 TENSORS_FILE: Final = "trace.safetensors"
@@ -56,7 +57,9 @@ class Case:
             got = replay(runner, self.trace, runner.methods)
         except TriptychError as error:
             return (str(error),)
-        return compare(self.trace, self.wanted, got, self.tolerance).failures(self.tolerance)
+        text = subject.metadata.kept_tokens
+        kept = None if text is None else torch.tensor(token_ids(text))
+        return compare(self.trace, self.wanted, got, self.tolerance, kept).failures(self.tolerance)
 
     def save(self, folder: Path) -> None:
         """Write the case into `folder`, which is there."""

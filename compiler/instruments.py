@@ -167,7 +167,7 @@ def judge(oracle: Oracle, subject: Model | Program, declared: Tolerance | None =
     """Judge a stage of a compilation; a model that keeps no past yet plays each trace as one prefill."""
     if isinstance(subject, Program):
         program = ProgramRunner(subject)
-        return oracle.judge(program, program.methods, declared=declared)
+        return oracle.within(subject.metadata.kept_tokens).judge(program, program.methods, declared=declared)
     model = ModelRunner(subject)
     if model.has_cache:
         return oracle.judge(model, model.methods, declared=declared)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from triptych.compiler.roles import Role
 from triptych.errors import ModelError
-from triptych.manifest import ChatSettings, DynamicDim, ImageSettings, TensorSignature
+from triptych.manifest import ABI, ChatSettings, DynamicDim, ImageSettings, TensorSignature
 
 CONTEXT: Final = -1
 """Stands for "the context length" as the maximum of a dynamic dimension; capture puts the number in."""
@@ -79,7 +79,9 @@ class Metadata:
 
     `max_context` is the length the program is built for, in positions; `model_max_context` what the model
     allows. `components` names parts of the module ("vision", "projector", "embedding", "decoder", "lm_head")
-    by the fully qualified names of the modules they consist of; recipes speak of them.
+    by the fully qualified names of the modules they consist of; recipes speak of them. `abi` is the contract that the
+    methods keep. `special_ids` are tokens with a meaning of their own (those of a chat template, placeholders), and
+    `kept_tokens` the ids that the methods can take and give (`triptych.manifest.token_ids`), None for all.
     """
 
     max_context: int
@@ -91,6 +93,9 @@ class Metadata:
     chat: ChatSettings = field(default_factory=lambda: ChatSettings(template=None))
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    abi: str = ABI
+    special_ids: tuple[int, ...] = ()
+    kept_tokens: str | None = None
 
 
 @dataclass(frozen=True)

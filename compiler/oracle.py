@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
+import torch
+from torch import Tensor
+
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import DEFAULT_TOLERANCES, Tolerance
 from triptych.compiler.trace import (
@@ -29,6 +32,7 @@ from triptych.compiler.trace import (
     sensitivity,
 )
 from triptych.compiler.trace_plans import TracePlan
+from triptych.manifest import token_ids
 
 DRAWS: Final = 8
 QUANTIZED_FLOOR: Final = Tolerance(relative=2e-2, kl=1e-3)
@@ -73,27 +77,50 @@ class Oracle:
     """The references of `model` for some plans, drawn so that the model reacts to a changed first token and image.
 
     `recipe` names the form of `model` in reports; where it is quantized, its own rounding noise is measured and
-    allowed for.
+    allowed for. `kept_tokens` (`triptych.manifest.token_ids`) are the tokens that what is judged can take and give.
     """
 
-    def __init__(self, model: Model, plans: Sequence[TracePlan], *, recipe: str = "fp32", quantized: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        plans: Sequence[TracePlan],
+        *,
+        recipe: str = "fp32",
+        quantized: bool = False,
+        kept_tokens: str | None = None,
+    ):
         self.model = model
         self.recipe = recipe
         self._quantized = quantized
         self.plans = tuple(plans)
+        self.kept_tokens = kept_tokens
+        self._kept = None if kept_tokens is None else torch.tensor(token_ids(kept_tokens))
+        self._within: dict[str, Oracle] = {}
 
     def of_quantized(self, model: Model) -> Oracle:
         """Return an oracle over the same plans whose reference is `model`, the quantized form of this one's."""
-        return Oracle(model, self.plans, recipe="quantized", quantized=True)
+        return Oracle(model, self.plans, recipe="quantized", quantized=True, kept_tokens=self.kept_tokens)
 
     def over(self, plans: Sequence[TracePlan]) -> Oracle:
         """Return an oracle of the same model over other plans."""
-        return Oracle(self.model, plans, recipe=self.recipe, quantized=self._quantized)
+        return Oracle(self.model, plans, recipe=self.recipe, quantized=self._quantized, kept_tokens=self.kept_tokens)
+
+    def within(self, kept_tokens: str | None) -> Oracle:
+        """Return an oracle over conversations of `kept_tokens` alone, which compares no other logits."""
+        if kept_tokens == self.kept_tokens or kept_tokens is None:
+            return self
+        if kept_tokens not in self._within:
+            ids = torch.tensor(token_ids(kept_tokens))
+            plans = [plan.within(ids) for plan in self.plans]
+            self._within[kept_tokens] = Oracle(
+                self.model, plans, recipe=self.recipe, quantized=self._quantized, kept_tokens=kept_tokens
+            )
+        return self._within[kept_tokens]
 
     @cached_property
     def references(self) -> tuple[Reference, ...]:
         """The traces with their references."""
-        return tuple(visible_reference(plan, self.model) for plan in self.plans)
+        return tuple(visible_reference(plan, self.model, self._kept) for plan in self.plans)
 
     @cached_property
     def tolerances(self) -> tuple[Tolerance, ...]:
@@ -125,6 +152,8 @@ class Oracle:
     ) -> Iterator[TraceReport]:
         """Judge a runner that keeps no past: each trace is prefilled whole, from position 0."""
         for one, tolerance in zip(self.whole_references, self.tolerances, strict=True):
+            if self._has_late_state(one.trace):
+                continue
             yield self._verdict(one, runner, methods, wider(tolerance, declared), perturbed=False)
 
     @cached_property
@@ -138,18 +167,20 @@ class Oracle:
             for whole, one in zip(wholes, self.references, strict=True)
         )
 
+    def _has_late_state(self, trace: CallTrace) -> bool:
+        """True where a picture becomes state after the first position, which no single prefill can do."""
+        image = self.model.metadata.image
+        late = trace.tokens[len(image.prefix) + 1 if image else 0 :]
+        return image is not None and image.tokens == 0 and bool((late == image.token_id).any())
+
     def _verdict(
         self, one: Reference, runner: Runs, methods: Mapping[str, str], tolerance: Tolerance, *, perturbed: bool
     ) -> TraceReport:
         got = replay(runner, one.trace, methods)
         moved = list(one.seen)
         if perturbed:
-            changed = [
-                (f"artifact, {other.name}", replay(runner, other, methods))
-                for other in changed_traces(one.trace, self.model.metadata.vocab_size)
-            ]
-            moved += sensitivity(got, changed)
-        comparison = compare(one.trace, one.wanted, got, tolerance)
+            moved += self._own_moves(one.trace, got, runner, methods)
+        comparison = compare(one.trace, one.wanted, got, tolerance, self._kept)
         return TraceReport(
             one.trace.name,
             self.recipe,
@@ -159,6 +190,18 @@ class Oracle:
             tolerance,
             got,
         )
+
+    def _own_moves(
+        self, trace: CallTrace, got: TraceOutputs, runner: Runs, methods: Mapping[str, str]
+    ) -> tuple[Sensitivity, ...]:
+        """Measure how far changed inputs move the runner's own logits: those of a prefill where decode gives none."""
+        last = "decode"
+        if not got.last_logits.is_floating_point():
+            last = "prefill"
+            got = replay(runner, dataclasses.replace(trace, steps=(Step(last, len(trace.tokens)),)), methods)
+        others = changed_traces(trace, self.model.metadata.vocab_size, self._kept, last)
+        changed = [(f"artifact, {other.name}", replay(runner, other, methods)) for other in others]
+        return _moves(got, changed, self._kept)
 
 
 @dataclass(frozen=True)
@@ -191,13 +234,13 @@ def wider(tolerance: Tolerance, declared: Tolerance | None) -> Tolerance:
     return Tolerance(max(tolerance.relative, declared.relative), max(tolerance.kl, declared.kl))
 
 
-def visible_reference(plan: TracePlan, model: Model) -> Reference:
+def visible_reference(plan: TracePlan, model: Model, kept: Tensor | None = None) -> Reference:
     """Draw inputs until the reference itself reacts to a changed input; the last draw stands where none does."""
     for seed in range(DRAWS):
         trace = plan.draw(seed)
         wanted = reference(model, trace)
-        changed = changed_traces(trace, model.metadata.vocab_size)
-        seen = sensitivity(wanted, [(one.name, reference(model, one)) for one in changed])
+        changed = changed_traces(trace, model.metadata.vocab_size, kept)
+        seen = _moves(wanted, [(one.name, reference(model, one)) for one in changed], kept)
         if not any(unseen(seen)):
             break
     return Reference(trace, wanted, seen)
@@ -210,12 +253,31 @@ def unseen(moves: Sequence[Sensitivity]) -> Iterator[str]:
             yield f"{one.trace}: the last logits moved by {one.moved:.2g} only"
 
 
-def changed_traces(trace: CallTrace, vocab_size: int) -> Iterator[CallTrace]:
-    """Yield the perturbed traces in their shortest form: all but the last position prefilled."""
-    for one in perturbations(trace, vocab_size):
+def changed_traces(
+    trace: CallTrace, vocab_size: int, kept: Tensor | None = None, last: str = "decode"
+) -> Iterator[CallTrace]:
+    """Yield the perturbed traces in their shortest form: all but the last position prefilled, or the `last` one too.
+
+    `kept` are the tokens that may take the place of others, None for all.
+    """
+    for one in perturbations(trace, vocab_size, kept):
         length = len(one.tokens)
-        steps = (Step("prefill", length - 1), Step("decode", 1)) if length > 1 else (Step("prefill", 1),)
+        decodes = last == "decode" and length > 1
+        steps = (Step("prefill", length - 1), Step("decode", 1)) if decodes else (Step("prefill", length),)
         yield dataclasses.replace(one, steps=steps)
+
+
+def _moves(
+    outputs: TraceOutputs, perturbed: Sequence[tuple[str, TraceOutputs]], kept: Tensor | None
+) -> tuple[Sensitivity, ...]:
+    """Measure how far each perturbed trace moved the last logits, those of the `kept` tokens where these are given."""
+    if kept is None:
+        return sensitivity(outputs, perturbed)
+
+    def only(one: TraceOutputs) -> TraceOutputs:
+        return TraceOutputs({"last": one.last_logits[kept]}, {})
+
+    return sensitivity(only(outputs), [(name, only(one)) for name, one in perturbed])
 
 
 def rounding_tolerance(model: Model, trace: CallTrace, wanted: TraceOutputs) -> Tolerance:

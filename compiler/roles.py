@@ -7,7 +7,7 @@ from typing import Final
 
 from triptych.errors import ModelError
 
-KINDS: Final = ("encoder", "token_embedding", "prefill", "decode", "score", "other")
+KINDS: Final = ("encoder", "token_embedding", "prefill", "prefill_first", "decode", "score", "other")
 
 
 @dataclass(frozen=True, order=True)
@@ -41,6 +41,8 @@ def encoder(modality: str) -> Role:
 
 TOKEN_EMBEDDING: Final = Role("token_embedding")
 PREFILL: Final = Role("prefill")
+PREFILL_FIRST: Final = Role("prefill_first")
+"""A prefill that begins at position 0 and nowhere else; it takes no start_pos."""
 DECODE: Final = Role("decode")
 SCORE: Final = Role("score")
 OTHER: Final = Role("other")

@@ -17,12 +17,17 @@ import torch
 from torch import Tensor
 
 from triptych.compiler.attention import recorded_attention
+from triptych.compiler.cross_attention import SEEN_ROW, is_encoder_row, kept_encoder_rows
+from triptych.compiler.kv_rows import is_kv_row, read_rows, wanted_row
 from triptych.compiler.model import Model
 from triptych.compiler.pass_kinds import Tolerance
+from triptych.compiler.roles import PREFILL_FIRST
 from triptych.errors import ModelError
+from triptych.manifest import CHOSEN_TOKEN
 from triptych.modules.routing import HANDLER_NAME
 
 SENSITIVITY_FACTOR: Final = 100.0
+EMBED_LABEL: Final = "embed@"
 
 
 class Runs(Protocol):
@@ -77,7 +82,7 @@ class TraceOutputs:
 
     @property
     def last_logits(self) -> Tensor:
-        """The logits of the last call, [V]."""
+        """The logits of the last call, [V], or the token it chose, int64 [], where it gives no logits."""
         return list(self.outputs.values())[-1]
 
 
@@ -102,7 +107,7 @@ def reference(model: Model, trace: CallTrace) -> TraceOutputs:
     position = 0
     for step in trace.steps:
         if step.kind == "prefill":
-            outputs[f"embed@{position}"] = eager.token_embeds[position : position + step.count]
+            outputs[f"{EMBED_LABEL}{position}"] = eager.token_embeds[position : position + step.count]
             position += step.count
             outputs[f"prefill@{position}"] = eager.logits[position - 1]
         else:
@@ -115,6 +120,8 @@ def reference(model: Model, trace: CallTrace) -> TraceOutputs:
             prefix = f"{call.owner}.{HANDLER_NAME}" if call.owner else HANDLER_NAME
             state[f"{prefix}.cache.keys"] = call.key.transpose(1, 2)
             state[f"{prefix}.cache.values"] = call.value.transpose(1, 2)
+            if trace.pixel_values and not call.causal:
+                state |= kept_encoder_rows(call, len(trace.pixel_values))
     return TraceOutputs(outputs, state)
 
 
@@ -123,48 +130,83 @@ def replay(runner: Runs, trace: CallTrace, methods: Mapping[str, str]) -> TraceO
 
     The slots of key-value rows begin with something in them, as they do once a session was truncated: no slot may be
     read before this conversation has written it, and none may add to what it held. Outputs have the labels that
-    `reference` gives; logits are those of the last position.
+    `reference` gives; logits are those of the last position, and a method that gives no logits gives the id of the
+    token it chose, int64 []. Without a method for the role token_embedding the others are given tokens, and no
+    embeddings are among the outputs. A prefill at position 0 takes the method with the role prefill_first, where there
+    is one.
     """
     runner.reset_state()
     for name, row in runner.state.items():
-        if HANDLER_NAME in name.split("."):
+        if is_kv_row(name) or (is_encoder_row(name) and name != SEEN_ROW):
             row.fill_(1)
     outputs: dict[str, Tensor] = {}
-    images = []
-    for index, pixels in enumerate(trace.pixel_values):
-        embeds = runner.run(methods["encoder(image)"], pixel_values=pixels)["embeds"]
-        outputs[f"encode image {index}"] = embeds.clone()
-        images.append(embeds.clone())
-    position, image_rows = 0, torch.cat(images) if images else None
+    position, pictures = 0, _Pictures(runner, trace, methods, outputs)
+    # Where one method does both, single tokens take the way of a prompt.
+    does_both = methods.get("prefill") == methods.get("decode")
     for step in trace.steps:
-        tokens = trace.tokens[position : position + step.count]
-        if step.kind == "prefill":
-            embeds = runner.run(methods["token_embedding"], tokens=tokens.unsqueeze(0))["embeds"].clone()
-            outputs[f"embed@{position}"] = embeds[0].clone()
-            if image_rows is not None:
-                here = torch.eq(tokens, trace.image_token_id or 0)
-                count = int(here.sum())
-                used, image_rows = image_rows[:count], image_rows[count:]
-                embeds[0, here] = used
-            start = torch.tensor([position])
-            logits = runner.run(methods["prefill"], embeds=embeds, start_pos=start)["logits"]
-            position += step.count
-            outputs[f"prefill@{position}"] = _last_row(logits)
-        else:
-            for token in tokens:
-                start = torch.tensor([position])
-                logits = runner.run(methods["decode"], tokens=token.reshape(1, 1), start_pos=start)["logits"]
-                position += 1
-                outputs[f"decode@{position}"] = _last_row(logits)
-    state = {
-        name: (row[:, :position] if HANDLER_NAME in name.split(".") else row).clone()
-        for name, row in runner.state.items()
-    }
+        embeds_first = "token_embedding" in methods and (step.kind == "prefill" or does_both)
+        for size in [step.count] if step.kind == "prefill" else [1] * step.count:
+            tokens = trace.tokens[position : position + size]
+            content = {"tokens": tokens.unsqueeze(0)}
+            here = torch.eq(tokens, -1 if trace.image_token_id is None else trace.image_token_id)
+            image_rows = pictures.rows(int(here.sum()))
+            if embeds_first:
+                embeds = runner.run(methods["token_embedding"], **content)["embeds"].clone()
+                if step.kind == "prefill":
+                    outputs[f"{EMBED_LABEL}{position}"] = embeds[0].clone()
+                if image_rows is not None:
+                    embeds[0, here] = image_rows
+                content = {"embeds": embeds}
+            role = str(PREFILL_FIRST) if step.kind == "prefill" and position == 0 else step.kind
+            if role not in methods:
+                role = step.kind
+            if role != str(PREFILL_FIRST):  # which takes no position, as it has one only
+                content["start_pos"] = torch.tensor([position])
+            result = runner.run(methods[role], **content)
+            position += size
+            outputs[f"{step.kind}@{position}"] = _last_row(result["logits"]) if "logits" in result else _token(result)
+    state = read_rows(runner.state, position)
+    if not trace.pixel_values:  # then the rows of cross-attention hold nothing yet
+        state = {name: row for name, row in state.items() if not is_encoder_row(name)}
     return TraceOutputs(outputs, state)
+
+
+class _Pictures:
+    """Encodes the pictures of a trace, each just before the call that has its placeholder."""
+
+    def __init__(self, runner: Runs, trace: CallTrace, methods: Mapping[str, str], outputs: dict[str, Tensor]) -> None:
+        self._runner = runner
+        self._method = methods.get("encoder(image)", "")
+        self._waiting = list(enumerate(trace.pixel_values))
+        self._outputs = outputs
+        self._rows: Tensor | None = None
+
+    def rows(self, placeholders: int) -> Tensor | None:
+        """Return the embeddings that stand at so many placeholders; None for an encoder that writes state instead.
+
+        Of such an encoder each placeholder is one picture.
+        """
+        while self._waiting and placeholders > (0 if self._rows is None else len(self._rows)):
+            index, pixels = self._waiting.pop(0)
+            result = self._runner.run(self._method, pixel_values=pixels)
+            if "embeds" not in result:
+                placeholders -= 1
+                continue
+            embeds = result["embeds"].reshape(-1, result["embeds"].shape[-1]).clone()
+            self._outputs[f"encode image {index}"] = embeds
+            self._rows = embeds if self._rows is None else torch.cat([self._rows, embeds])
+        if self._rows is None:
+            return None
+        used, self._rows = self._rows[:placeholders], self._rows[placeholders:]
+        return used
 
 
 def _last_row(logits: Tensor) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])[-1].clone()
+
+
+def _token(result: Mapping[str, Tensor]) -> Tensor:
+    return result[CHOSEN_TOKEN].reshape(()).clone()
 
 
 @dataclass(frozen=True)
@@ -173,7 +215,9 @@ class Difference:
 
     `relative` is the largest absolute difference over the largest absolute reference value. For logits `kl` is
     KL(reference ‖ candidate) in nats and `greedy` says whether the most likely token is the same; `near_tie`
-    marks references whose two best logits lie within the tolerance, where greedy may differ.
+    marks references whose two best logits lie within the tolerance, where greedy may differ. Of a candidate that gives
+    the token alone, `relative` is half of what the reference's best logit is above that token's: no logits within the
+    tolerance choose a token that is worse.
     """
 
     label: str
@@ -235,19 +279,27 @@ def _text(value: object) -> str:
     )
 
 
-def compare(trace: CallTrace, wanted: TraceOutputs, got: TraceOutputs, tolerance: Tolerance) -> Comparison:
-    """Compare every output and every state row of `got` with `wanted`."""
+def compare(
+    trace: CallTrace, wanted: TraceOutputs, got: TraceOutputs, tolerance: Tolerance, kept: Tensor | None = None
+) -> Comparison:
+    """Compare every output and every state row of `got` with `wanted`.
+
+    `kept` are the token ids, int64 [K], that the candidate can give; logits of others are not compared, but none may
+    come near those of the kept.
+    """
     outputs = [
-        _difference(label, value, got.outputs[label], tolerance)
+        _difference(label, value, got.outputs[label], tolerance, kept)
         for label, value in wanted.outputs.items()
         if label in got.outputs
     ]
     state = [
-        _difference(name, _without_repeated_heads(wanted.state[name], row), row, tolerance)
+        _difference(name, _without_repeated_heads(expected, row), row, tolerance)
         for name, row in got.state.items()
-        if name in wanted.state
+        if (expected := wanted_row(wanted.state, name, row)) is not None
     ]
-    missing = [*(wanted.outputs.keys() ^ got.outputs.keys()), *(got.state.keys() - wanted.state.keys())]
+    missing = {*(wanted.outputs.keys() ^ got.outputs.keys()), *(set(got.state) - {one.label for one in state})}
+    if not any(label.startswith(EMBED_LABEL) for label in got.outputs):  # it embeds tokens inside another method
+        missing -= {label for label in wanted.outputs if label.startswith(EMBED_LABEL)}
     return Comparison(trace.name, tuple(outputs), tuple(state), tuple(sorted(missing)))
 
 
@@ -258,7 +310,16 @@ def _without_repeated_heads(wanted: Tensor, row: Tensor) -> Tensor:
     return wanted
 
 
-def _difference(label: str, wanted: Tensor, got: Tensor, tolerance: Tolerance) -> Difference:
+def _difference(
+    label: str, wanted: Tensor, got: Tensor, tolerance: Tolerance, kept: Tensor | None = None
+) -> Difference:
+    if label.startswith(("prefill@", "decode@")):
+        if kept is not None and not _only_kept(got, kept, wanted.numel()):
+            return Difference(label, float("nan"))
+        if not got.is_floating_point():
+            return _token_difference(label, wanted if kept is None else _without_others(wanted, kept), got, tolerance)
+        if kept is not None:
+            wanted, got = wanted[kept], got[kept]
     if wanted.shape != got.shape or not torch.isfinite(got).all() or not torch.isfinite(wanted).all():
         return Difference(label, float("nan"))
     wanted, got = wanted.double(), got.double()
@@ -277,15 +338,53 @@ def _difference(label: str, wanted: Tensor, got: Tensor, tolerance: Tolerance) -
     )
 
 
-def perturbations(trace: CallTrace, vocab_size: int) -> tuple[CallTrace, ...]:
-    """Return the trace with another first token, and with one changed patch in its first image."""
+def _token_difference(label: str, wanted: Tensor, token: Tensor, tolerance: Tolerance) -> Difference:
+    """Judge the id that a candidate chose, int64 [], by the reference's logits."""
+    if token.dim() != 0 or not 0 <= int(token) < wanted.numel() or not torch.isfinite(wanted.max()):
+        return Difference(label, float("nan"))
+    best = wanted.double().topk(2).values
+    scale = max(float(wanted[wanted.isfinite()].abs().max()), 1e-12)
+    return Difference(
+        label,
+        float(best[0] - wanted[token].double()) / (2 * scale),
+        greedy=bool(wanted.argmax() == token),
+        near_tie=float(best[0] - best[1]) <= 2 * tolerance.relative * scale,
+    )
+
+
+def _only_kept(got: Tensor, kept: Tensor, vocab_size: int) -> bool:
+    """True where the token given is a kept one, or every kept logit is above all others."""
+    if not got.is_floating_point():
+        return bool(torch.isin(got, kept).all())
+    if got.numel() != vocab_size:
+        return False
+    others = _others(got, kept)
+    return not others.numel() or bool(others.max() < got[kept].min())
+
+
+def _others(logits: Tensor, kept: Tensor) -> Tensor:
+    is_other = torch.ones(logits.numel(), dtype=torch.bool)
+    is_other[kept] = False
+    return logits[is_other]
+
+
+def _without_others(logits: Tensor, kept: Tensor) -> Tensor:
+    return torch.full_like(logits, float("-inf")).index_copy(0, kept, logits[kept])
+
+
+def perturbations(trace: CallTrace, vocab_size: int, kept: Tensor | None = None) -> tuple[CallTrace, ...]:
+    """Return the trace with another first token, one of `kept` if given, and with one changed patch in its first image.
+
+    The other token stands a third of the vocabulary away.
+    """
     tokens = trace.tokens.clone()
     text = [index for index, token in enumerate(tokens.tolist()) if token != trace.image_token_id]
     first = text[0]
-    step = 1 + vocab_size // 3
-    tokens[first] = (tokens[first] + step) % vocab_size
-    if trace.image_token_id is not None and int(tokens[first]) == trace.image_token_id:
-        tokens[first] = (tokens[first] + 1) % vocab_size
+    known = list(range(vocab_size)) if kept is None else kept.tolist()
+    place = known.index(int(tokens[first])) + 1 + len(known) // 3
+    if trace.image_token_id is not None and known[place % len(known)] == trace.image_token_id:
+        place += 1
+    tokens[first] = known[place % len(known)]
     changed = [dataclasses.replace(trace, name=f"{trace.name}, first token changed", tokens=tokens)]
     if trace.pixel_values:
         pixels = trace.pixel_values[0].clone()

@@ -6,6 +6,7 @@ happens not to react to a changed input.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,11 @@ class TracePlan:
         """Return the trace for one seed."""
         return CallTrace(self.name, self.tokens(seed), self.steps, self.pixel_values, self.image_token_id)
 
+    def within(self, kept: Tensor) -> TracePlan:
+        """Return the plan over the tokens in `kept`, int64 [K]: others are replaced by some of these."""
+        choices = kept[kept != self.image_token_id] if self.image_token_id is not None else kept
+        return dataclasses.replace(self, tokens=partial(_kept_tokens, self.tokens, kept, choices))
+
 
 def subject_of(model: Model) -> Subject:
     """Return what conversations with `model` have to fit; its pictures are smooth noise."""
@@ -120,7 +126,8 @@ def make_plans(subject: Subject, tokens: int, prompt_lengths: Sequence[int] = PR
         drawn = partial(_random_tokens, subject, subject.max_context)
         plans.append(TracePlan("whole context", steps, drawn))
     if subject.image is not None and subject.pictures is not None:
-        plans += _image_plans(subject, subject.image, subject.pictures)
+        image_plans = _image_plans if subject.image.tokens else _state_image_plans
+        plans += image_plans(subject, subject.image, subject.pictures)
     return plans
 
 
@@ -145,6 +152,27 @@ def _image_plans(subject: Subject, settings: ImageSettings, pictures: Pictures) 
             yield TracePlan(name, tuple(steps), tokens, pictures(sum(images)), settings.token_id)
 
 
+def _state_image_plans(subject: Subject, settings: ImageSettings, pictures: Pictures) -> Iterator[TracePlan]:
+    """Plan conversations with pictures that take no positions: each is encoded before the prefill of its suffix."""
+    block, lead, answer = (*settings.prefix, *settings.suffix), 3, 4
+    for name, turns in (("image, second turn", (1, 0)), ("image in a later turn", (0, 1)), ("another image", (1, 1))):
+        steps: list[Step] = []
+        starts: list[int] = []
+        position = 0
+        for has_image in turns:
+            text = 9
+            if has_image:
+                before = (lead if position else 0) + len(settings.prefix)
+                steps += [Step("prefill", before)] if before else []
+                starts.append(position + before - len(settings.prefix))
+                position, text = position + before, text + len(settings.suffix)
+            steps += [Step("prefill", text), Step("decode", answer)]
+            position += text + answer
+        if position <= subject.max_context:
+            tokens = partial(_tokens_with_images, subject, position, tuple(starts), block)
+            yield TracePlan(name, tuple(steps), tokens, pictures(sum(turns)), settings.token_id)
+
+
 def _tokens_with_images(
     subject: Subject, length: int, starts: tuple[int, ...], block: tuple[int, ...], seed: int
 ) -> Tensor:
@@ -160,6 +188,11 @@ def _random_tokens(subject: Subject, length: int, seed: int) -> Tensor:
     if subject.image is not None:
         tokens[tokens == subject.image.token_id] = (subject.image.token_id + 1) % subject.vocab_size
     return tokens
+
+
+def _kept_tokens(draw: Callable[[int], Tensor], kept: Tensor, choices: Tensor, seed: int) -> Tensor:
+    tokens = draw(seed)
+    return torch.where(torch.isin(tokens, kept), tokens, choices[tokens % len(choices)])
 
 
 def _excerpt(ids: tuple[int, ...], length: int, seed: int) -> Tensor:

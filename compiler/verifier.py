@@ -11,7 +11,7 @@ from triptych.compiler.capture import output_signatures, user_input_values
 from triptych.compiler.editing import storage_identity
 from triptych.compiler.program import Method, Program
 from triptych.errors import VerificationError
-from triptych.manifest import Dim, DynamicDim, TensorSignature
+from triptych.manifest import CHOSEN_TOKEN, Dim, DynamicDim, TensorSignature
 
 
 def verify(program: Program, known: Program | None = None) -> None:
@@ -114,11 +114,16 @@ def _agreement_problems(where: str, produced: TensorSignature, consumed: TensorS
         yield f"{where}: last dimension {produced.shape[-1]} is produced, {consumed.shape[-1]} is taken"
     if len(produced.shape) > 1 and len(consumed.shape) > 1:
         longest, limit = _maximum(produced.shape[-2]), _maximum(consumed.shape[-2])
-        if longest > limit:
+        if longest > limit and not _gives(produced.shape[-2], consumed.shape[-2]):
             yield f"{where}: up to {longest} rows are produced, at most {limit} are taken"
         both_dynamic = isinstance(produced.shape[-2], DynamicDim) and isinstance(consumed.shape[-2], DynamicDim)
         if both_dynamic and longest != limit:
             yield f"{where}: the dynamic ranges end at {longest} and {limit}"
+
+
+def _gives(produced: Dim, consumed: Dim) -> bool:
+    """True where a producer of any number of rows can be asked for the fixed number that is taken."""
+    return isinstance(produced, DynamicDim) and isinstance(consumed, int) and produced.minimum <= consumed
 
 
 def _maximum(dim: Dim) -> int:
@@ -147,11 +152,7 @@ def _metadata_problems(program: Program) -> Iterator[str]:
     for eos in metadata.eos_ids:
         if not 0 <= eos < metadata.vocab_size:
             yield f"EOS id {eos} is outside the vocabulary of {metadata.vocab_size}"
-    for kind in ("prefill", "decode", "score"):
-        for name, method in program.methods_with(kind):
-            logits = _output(method, "logits")
-            if logits is None or logits.shape[-1] != metadata.vocab_size:
-                yield f"{name}: role {kind} needs an output 'logits' over {metadata.vocab_size} tokens"
+    yield from _language_problems(program)
     for name, method in program.methods_with("encoder"):
         embeds = _output(method, "embeds")
         if metadata.image is not None and embeds is not None and embeds.shape[-2] != metadata.image.tokens:
@@ -159,3 +160,16 @@ def _metadata_problems(program: Program) -> Iterator[str]:
     for row in program.state.values():
         if row.layout == "BSHD" and row.shape[1] > metadata.max_context:
             yield f"state row {row.name} has {row.shape[1]} slots for a context of {metadata.max_context}"
+
+
+def _language_problems(program: Program) -> Iterator[str]:
+    for kind in ("prefill", "prefill_first", "decode", "score"):
+        for name, method in program.methods_with(kind):
+            logits = _output(method, "logits")
+            if logits is None and kind == "decode" and _output(method, CHOSEN_TOKEN) is not None:
+                continue
+            if logits is None or logits.shape[-1] != program.metadata.vocab_size:
+                yield f"{name}: role {kind} needs an output 'logits' over {program.metadata.vocab_size} tokens"
+    for name, method in program.methods_with("prefill_first"):
+        if any(port.name == "start_pos" for port in method.inputs):
+            yield f"{name}: role prefill_first begins at position 0, and the method takes a start_pos"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triptych.errors import RunError
 from triptych.manifest import (
+    CHOSEN_TOKEN,
     ChatSettings,
     DynamicDim,
     ImageSettings,
@@ -41,11 +42,16 @@ def fake_manifest(
     all_logits: bool = False,
     extras: tuple[str, ...] = (),
     eos_ids: tuple[int, ...] = (),
+    prefill_content: str = "embeds",
+    has_prefill_first: bool = False,
+    chooses_tokens: bool = False,
 ) -> Manifest:
     """Return the manifest of a tiny model.
 
     `image_token_id` None makes it text-only; without `has_prefill` prompts go through decode; `all_logits` lets
     prefill give [1, S, V] instead of [1, V]; `extras` are further inputs, int64 [1, S], of both methods.
+    `prefill_content` is "embeds" or "tokens"; `has_prefill_first` adds a method for position 0; with `chooses_tokens`
+    decode gives the most likely token.
     """
     positions = DynamicDim("S", 1, max_context)
     start = TensorSignature("start_pos", "int64", (1,), ("position",))
@@ -56,11 +62,16 @@ def fake_manifest(
     many = tuple(TensorSignature(name, "int64", (1, positions)) for name in extras)
     one = tuple(TensorSignature(name, "int64", (1, 1)) for name in extras)
     token = TensorSignature("tokens", "int64", (1, 1), ("tokens",))
-    methods = {"decode": MethodSignature(("decode",), (token, start, *one), (logits,))}
+    chosen = TensorSignature(CHOSEN_TOKEN, "int64", (1, 1), ("sampler",))
+    methods = {"decode": MethodSignature(("decode",), (token, start, *one), (chosen if chooses_tokens else logits,))}
     if has_prefill:
-        methods["token_embedding"] = MethodSignature(("token_embedding",), (tokens,), (embeds,))
+        content = tokens if prefill_content == "tokens" else embeds
+        if prefill_content == "embeds":
+            methods["token_embedding"] = MethodSignature(("token_embedding",), (tokens,), (embeds,))
         last = every if all_logits else logits
-        methods["prefill"] = MethodSignature(("prefill",), (embeds, start, *many), (last,))
+        methods["prefill"] = MethodSignature(("prefill",), (content, start, *many), (last,))
+        if has_prefill_first:
+            methods["prefill_first"] = MethodSignature(("prefill_first",), (content, *many), (last,))
     image = None
     if image_token_id is not None:
         pixels = TensorSignature("pixel_values", "float32", (1, 3, IMAGE_SIZE, IMAGE_SIZE), ("image",))
@@ -68,7 +79,7 @@ def fake_manifest(
         methods["vision_encoder"] = MethodSignature(("encoder(image)",), (pixels,), (features,))
         size = (IMAGE_SIZE, IMAGE_SIZE)
         image = ImageSettings("<image>", image_token_id, IMAGE_TOKENS, size, 2, None, 1 / 255, (0.5,) * 3, (0.5,) * 3)
-    users = tuple(name for name in methods if name in ("prefill", "decode"))
+    users = tuple(name for name in methods if name.startswith(("prefill", "decode")))
     row = StateRow(STATE_ROW, (1, max_context, 1, WIDTH), "float32", "BSHD", "zeros", FILE, users, users)
     return Manifest(
         programs=(ProgramFile(FILE, "fake", tuple(methods)),),
@@ -126,9 +137,11 @@ class FakeRunner(MethodRunner):
             return [inputs["pixel_values"].reshape(IMAGE_TOKENS, -1) @ self._vision]
         if method == "token_embedding":
             return [self._embedding[inputs["tokens"]]]
-        embeds = inputs["embeds"] if method == "prefill" else self._embedding[inputs["tokens"]]
-        start = int(inputs["start_pos"])
+        embeds = inputs["embeds"] if "embeds" in inputs else self._embedding[inputs["tokens"]]
+        start = int(inputs["start_pos"]) if "start_pos" in inputs else 0
         logits = self._attend(embeds, start)
+        if self.signature(method).outputs[0].name == CHOSEN_TOKEN:
+            return [logits[:, -1].argmax(-1, keepdim=True)]
         return [logits if len(self.signature(method).outputs[0].shape) == 3 else logits[:, -1]]
 
     def _attend(self, embeds: Tensor, start: int) -> Tensor:

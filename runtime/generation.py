@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from triptych.errors import RunError, UsageError
@@ -64,13 +63,25 @@ class TextDecoder:
 
     def __init__(self, entry_points: EntryPoints) -> None:
         """Use the artifact's decode method."""
+        self._entry_points = entry_points
         self._method = entry_points.decode
 
+    def check(self, settings: SamplingSettings) -> None:
+        """Raise `UsageError` for sampling that a decode method which chooses tokens itself cannot do."""
+        if self._entry_points.chooses_tokens and settings.temperature > 0:
+            raise UsageError(
+                f"temperature is {settings.temperature}, and the method {self._method.name} of this artifact chooses "
+                "the most likely token itself; use temperature 0, or export without greedy-token"
+            )
+
     def step(self, session: Session, token: int) -> Tensor:
-        """Append `token` to `session` and return the logits of the next one, [1, V]; raises `RunError` without room."""
+        """Append `token` to `session` and return the logits of the next one, [1, V]; raises `RunError` without room.
+
+        A method that chooses tokens itself gives the next one, int64 [1, 1], in their place.
+        """
         session.check_room(1)
         session.note_run(1)
-        content = torch.tensor([[token]], dtype=torch.int64)
+        content = self._entry_points.content_of(session.runner, self._method, (token,))
         logits = self._method.run(session.runner, content, session.position)
         session.append(TextSegment((token,)))
         return logits
@@ -94,13 +105,21 @@ class TextTokenGenerator:
     ) -> Iterator[int]:
         """Return an iterator over the tokens that follow `logits` [1, V]; `finish_reason` is set when they end.
 
-        Raises `UsageError` where `max_new_tokens` is below 1; the iterator raises `RunError` where the session was
-        reset since.
+        Raises `UsageError` where `max_new_tokens` is below 1 and for sampling that the decode method cannot do; the
+        iterator raises `RunError` where the session was reset since.
         """
+        self._decoder.check(settings)
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self.finish_reason = None
         return self._tokens(session, logits, max_new_tokens, settings, timings, session.resets)
+
+    def _next(self, logits: Tensor, settings: SamplingSettings) -> int:
+        if not logits.is_floating_point():  # the method has chosen
+            return int(logits)
+        return self._sampler.sample(
+            logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+        )
 
     def _tokens(
         self,
@@ -113,9 +132,7 @@ class TextTokenGenerator:
     ) -> Iterator[int]:
         for number in range(1, max_new_tokens + 1):
             with timings.measure("sample"):
-                token = self._sampler.sample(
-                    logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-                )
+                token = self._next(logits, settings)
             if token in self._eos_ids:
                 self.finish_reason = "eos"
                 return

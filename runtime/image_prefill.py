@@ -16,7 +16,10 @@ CACHED_IMAGES: Final = 16
 
 
 class ImagePrefiller:
-    """Runs the image encoder, once for equal pixels: the features of the last pictures are kept."""
+    """Runs the image encoder, once for equal pixels: the features of the last pictures are kept.
+
+    An encoder that writes state gives no features; it runs each time, as another picture may have been there since.
+    """
 
     def __init__(self, runner: MethodRunner, entry_points: EntryPoints, cached_images: int = CACHED_IMAGES) -> None:
         """Encode on `runner` and keep the features of at most `cached_images` pictures."""
@@ -31,19 +34,27 @@ class ImagePrefiller:
         Raises `RunError` on a text-only program or where the encoder gives another number of embeddings than
         the segment takes positions.
         """
-        if self._encoder is None:
-            raise RunError("an image was given to a text-only program; leave it out")
+        encoder = self._checked_encoder()
         if segment.key in self._features:
             self._features.move_to_end(segment.key)
             return self._features[segment.key]
-        embeds = self._runner.run(self._encoder, pixel_values=segment.pixel_values)["embeds"]
+        embeds = self._runner.run(encoder, pixel_values=segment.pixel_values)["embeds"]
         embeds = embeds.reshape(-1, embeds.shape[-1])
         if embeds.shape[0] != segment.length:
             raise RunError(
-                f"{self._encoder} gave {embeds.shape[0]} embeddings for an image of {segment.length} positions; "
+                f"{encoder} gave {embeds.shape[0]} embeddings for an image of {segment.length} positions; "
                 "export the model again"
             )
         self._features[segment.key] = embeds
         while len(self._features) > self._cached_images:
             self._features.popitem(last=False)
         return embeds
+
+    def write(self, segment: ImageSegment) -> None:
+        """Let the encoder write the picture into the state; raises `RunError` on a text-only program."""
+        self._runner.run(self._checked_encoder(), pixel_values=segment.pixel_values)
+
+    def _checked_encoder(self) -> str:
+        if self._encoder is None:
+            raise RunError("an image was given to a text-only program; leave it out")
+        return self._encoder

@@ -20,7 +20,7 @@ class TextPrefiller:
     """Runs prompts through `prefill`, several positions a call, or through `decode` one by one.
 
     The latter happens where the artifact has no prefill method, and for a chunk of text shorter than that method
-    takes. No chunk splits a picture.
+    takes. No chunk splits a picture. A chunk at position 0 goes to the method made for it, where there is one.
     """
 
     def __init__(self, entry_points: EntryPoints, images: ImagePrefiller, chunk_size: int | None = None) -> None:
@@ -36,6 +36,8 @@ class TextPrefiller:
 
     def prefill(self, session: Session, prompt: Prompt, timings: Timings) -> Tensor:
         """Append `prompt` to `session` and return the logits of its last position, [1, V].
+
+        A method that chooses tokens itself gives int64 [1, 1] in their place.
 
         Raises `RunError`, before anything runs, where the prompt is empty, does not fit into the context or has
         a picture longer than a chunk.
@@ -56,11 +58,14 @@ class TextPrefiller:
                 _text_tokens(chunk)  # refuses a picture before anything runs
         with timings.measure("vision"):
             for segment in prompt.segments:
-                if isinstance(segment, ImageSegment):
+                if isinstance(segment, ImageSegment) and segment.length > 0:
                     self._images.features(segment)
         logits: Tensor | None = None
-        for chunk in chunks:
+        for planned in chunks:
+            chunk = self._without_written(session, planned, timings)
             size = _length(chunk)
+            if size == 0:
+                continue
             if size < smallest:
                 logits = self._sequential(session, _text_tokens(chunk), timings)
                 continue
@@ -68,22 +73,40 @@ class TextPrefiller:
                 content = self._content(session, method, chunk)
             with timings.measure("prefill"):
                 session.note_run(size)
-                logits = method.run(session.runner, content, session.position)
+                chosen = self._method_for(session, size, method)
+                logits = chosen.run(session.runner, content, session.position)
             for segment in chunk:
                 session.append(segment)
         assert logits is not None  # a prompt that is not empty has at least one chunk
         return logits
 
+    def _without_written(self, session: Session, chunk: Sequence[Segment], timings: Timings) -> list[Segment]:
+        """Encode the pictures of `chunk` that become state, which stand at its beginning, and return the rest of it."""
+        rest: list[Segment] = []
+        for segment in chunk:
+            if isinstance(segment, ImageSegment) and segment.length == 0:
+                with timings.measure("vision"):
+                    self._images.write(segment)
+                session.append(segment)
+            else:
+                rest.append(segment)
+        return rest
+
+    def _method_for(self, session: Session, size: int, prefill: LanguageMethod) -> LanguageMethod:
+        first = self._entry_points.prefill_first
+        if first is None or session.position > 0:
+            return prefill
+        smallest, largest = _bounds(session.runner.signature(first.name).input(first.content).shape[1])
+        return first if smallest <= size <= largest else prefill
+
     def _content(self, session: Session, method: LanguageMethod, chunk: Sequence[Segment]) -> Tensor:
         """Return the chunk's embeddings [1, S, D], or its tokens [1, S] where prefill takes those."""
-        embedding = self._entry_points.token_embedding if method.content == "embeds" else None
         pieces = []
         for segment in chunk:
             if isinstance(segment, ImageSegment):
                 pieces.append(self._images.features(segment).unsqueeze(0))
                 continue
-            tokens = torch.tensor([segment.tokens], dtype=torch.int64)
-            pieces.append(tokens if embedding is None else session.runner.run(embedding, tokens=tokens)["embeds"])
+            pieces.append(self._entry_points.content_of(session.runner, method, segment.tokens))
         return torch.cat(pieces, 1)
 
     def _sequential(self, session: Session, tokens: Sequence[int], timings: Timings) -> Tensor:
@@ -91,7 +114,7 @@ class TextPrefiller:
         for token in tokens:
             with timings.measure("prefill"):
                 session.note_run(1)
-                content = torch.tensor([[token]], dtype=torch.int64)
+                content = self._entry_points.content_of(session.runner, self._entry_points.decode, (token,))
                 logits = self._entry_points.decode.run(session.runner, content, session.position)
             session.append(TextSegment((token,)))
         return logits
@@ -100,6 +123,7 @@ class TextPrefiller:
 def plan_chunks(segments: Sequence[Segment], largest: int) -> list[list[Segment]]:
     """Split `segments` into chunks of at most `largest` positions; text is cut anywhere, a picture nowhere.
 
+    A picture that takes no positions becomes state, which only what follows may see: it begins a chunk.
     Raises `RunError` where a picture alone is longer than a chunk.
     """
     chunks: list[list[Segment]] = [[]]
@@ -111,7 +135,7 @@ def plan_chunks(segments: Sequence[Segment], largest: int) -> list[list[Segment]
                     f"an image takes {segment.length} positions, a prefill call at most {largest}; "
                     "use a larger chunk_size or export with a larger --max-context"
                 )
-            if segment.length > room:
+            if segment.length > room or segment.length == 0:
                 chunks.append([])
                 room = largest
             chunks[-1].append(segment)
@@ -141,6 +165,8 @@ def _text_tokens(segments: Sequence[Segment]) -> list[int]:
     tokens: list[int] = []
     for segment in segments:
         if isinstance(segment, ImageSegment):
+            if segment.length == 0:
+                continue
             raise RunError(
                 f"an image of {segment.length} positions cannot be prefilled: the artifact has no prefill method that "
                 "takes so few; put more text around it or export again"

@@ -14,12 +14,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from torch import Tensor
 
 from triptych.errors import ArtifactError, RunError, UsageError
-from triptych.manifest import ABI, Manifest
+from triptych.manifest import ABI, EXECUTORCH_LLM_ABI, Manifest, token_ids
 from triptych.runtime.chat import ChatMessage, images_of, render_chat, user_message
 from triptych.runtime.entry_points import EntryPoints
 from triptych.runtime.generation import GenerationResult, SamplingSettings, TextDecoder, TextTokenGenerator
@@ -29,10 +29,12 @@ from triptych.runtime.loaders import load_runner
 from triptych.runtime.method_runner import MethodRunner
 from triptych.runtime.prefill import TextPrefiller
 from triptych.runtime.sampling import Sampler
-from triptych.runtime.segments import Prompt, build_prompt
+from triptych.runtime.segments import Prompt, TextSegment, build_prompt
 from triptych.runtime.session import Session
 from triptych.runtime.timings import Timings
 from triptych.runtime.tokenizers import TextStream, Tokenizer, load_tokenizer
+
+DRIVEN_ABIS: Final = (ABI, EXECUTORCH_LLM_ABI)
 
 
 class GenerationStream(Iterator[str]):
@@ -97,6 +99,7 @@ class Runner(ABC):
         self.tokenizer = tokenizer
         self.load_seconds = 0.0
         self.session = Session(methods, manifest)
+        self._kept = None if manifest.kept_tokens is None else frozenset(token_ids(manifest.kept_tokens))
         self._entry_points = EntryPoints.of(manifest)
         self._prefiller = TextPrefiller(self._entry_points, ImagePrefiller(methods, self._entry_points), chunk_size)
         self._decoder = TextDecoder(self._entry_points)
@@ -116,8 +119,11 @@ class Runner(ABC):
         manifest = Manifest.load(folder)
         if verify_files:
             manifest.check_files(folder)
-        if manifest.abi != ABI:
-            raise ArtifactError(f"{folder} keeps the ABI {manifest.abi!r}; this runner drives {ABI!r}: export for that")
+        if manifest.abi not in DRIVEN_ABIS:
+            raise ArtifactError(
+                f"{folder} keeps the ABI {manifest.abi!r}; this runner drives {' and '.join(DRIVEN_ABIS)}: export for "
+                "one of them"
+            )
         if manifest.tokenizer is None:
             raise ArtifactError(f"{folder} has no tokenizer; export the model with one, or drive its methods yourself")
         EntryPoints.of(manifest)
@@ -230,17 +236,31 @@ class Runner(ABC):
             raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         if isinstance(images, str | Path):
             raise UsageError(f"images is {images!r}; expected a list of paths or pictures, also for one")
+        self._decoder.check(settings)
         started = time.perf_counter()
         timings = Timings(load=self.load_seconds)
         with timings.measure("vision"):
             pictures = self._pixel_values(images)
         with timings.measure("tokenize"):
             prompt: Prompt = build_prompt(text, pictures, self.tokenizer, self.manifest.image, bos=bos)
+            self._check_kept(prompt)
         self.session.reset()
         logits = self._prefiller.prefill(self.session, prompt, timings)
         generator = TextTokenGenerator(self._decoder, Sampler(seed), self.manifest.eos_ids)
         tokens = generator.generate(self.session, logits, max_new_tokens, settings, timings)
         return GenerationStream(generator, tokens, self.tokenizer, prompt.length, timings, started)
+
+    def _check_kept(self, prompt: Prompt) -> None:
+        """Raise `RunError` for a token that is not among those that the artifact kept."""
+        if self._kept is None:
+            return
+        for segment in prompt.segments:
+            for token in segment.tokens if isinstance(segment, TextSegment) else ():
+                if token not in self._kept:
+                    raise RunError(
+                        f"the prompt has the token {token} ({self.tokenizer.decode([token])!r}), which is not among "
+                        f"the {len(self._kept)} that prune-vocabulary kept; say it otherwise, or keep more tokens"
+                    )
 
     def close(self) -> None:
         """Free the engine's memory. May be called twice."""

@@ -39,7 +39,8 @@ class DynamicSlice(SliceCopyConfig):  # type: ignore[misc]  # executorch has no 
 
     def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
         """Say whether the slice is in steps of one along an axis of fixed size."""
-        x, axis, _, _, step = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+        arguments: tuple[Any, ...] = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+        x, axis, _, _, step = arguments
         before, after = x.meta["val"].shape, node.meta["val"].shape
         cut = isinstance(before[axis], int) and isinstance(after[axis], int) and 0 not in (before[axis], after[axis])
         if not cut or step != 1:

@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from triptych.compiler.stages import Source
     from triptych.runtime.runner import Runner
 
-ABIS: Final = ("triptych",)
+DEFAULT_ABI: Final = "triptych"
+ABIS: Final = (DEFAULT_ABI, "executorch-llm")
+ABI_PASS: Final = "adopt-abi"
 DEFAULT_TARGET: Final = "xnnpack"
 DEFAULT_RECIPE: Final = "fp32"
 
 
 def default_pipeline(max_context: int, recipe: str = DEFAULT_RECIPE) -> str:
-    """Return the pipeline of a generative model: quantize, cache, swap attention, capture, slice the logits."""
+    """Return the pipeline of a generative model.
+
+    Before capture: quantize, give attention a cache, let the target choose its kernel. After it: look rotary positions
+    up, compute in the order of axes that needs the fewest permutes, give the logits of the last position only.
+    """
     quantize = "" if recipe == DEFAULT_RECIPE else f"quantize{{recipe={recipe}}},"
-    return f"{quantize}static-kv-cache{{max={max_context}}},swap-sdpa,capture,last-token-logits"
+    source = f"{quantize}static-kv-cache{{max={max_context}}},swap-sdpa"
+    return f"{source},capture,precompute-rope,remove-redundant-permutes,last-token-logits"
 
 
 @overload
@@ -38,10 +45,10 @@ def export(
     *,
     out: str | Path,
     target: str = DEFAULT_TARGET,
-    recipe: str = DEFAULT_RECIPE,
+    recipe: str | None = None,
     pipeline: PipelineLike | None = None,
     max_context: int | None = None,
-    abi: str = "triptych",
+    abi: str | None = None,
     cache: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Artifact: ...
@@ -70,7 +77,8 @@ def export(
         pipeline: the passes, as text or as a `Pipeline`, in place of `default_pipeline`; it must contain
             "capture". A recipe in it (``quantize{recipe=…}``) excludes `recipe`.
         max_context: positions the program is built for; default: what the model allows, at most 2,048.
-        abi: entry-point contract, "triptych" (default).
+        abi: entry-point contract. "triptych" (default) is this package's own; a .pte of "executorch-llm" runs in the
+            runners that ExecuTorch itself has for iOS, Android, C++ and Python (the pass ``adopt-abi`` comes last).
         cache: folder that keeps the program after each step, with `out` only. The next export goes on after the last
             step for which nothing has changed: model, passes, options, versions. It may be deleted at any time.
         progress: hears the name of each stage as it begins.
@@ -92,7 +100,7 @@ def export(
         recipe=recipe,
         pipeline=pipeline,
         max_context=max_context,
-        abi=abi or "triptych",
+        abi=abi,
         cache=None if cache is None else Path(cache),
         progress=progress,
     )
@@ -106,7 +114,7 @@ def _export_whole(
     recipe: str | None,
     pipeline: PipelineLike | None,
     max_context: int | None,
-    abi: str,
+    abi: str | None,
     cache: Path | None,
     progress: Callable[[str], None] | None,
 ) -> Artifact:
@@ -117,12 +125,13 @@ def _export_whole(
     from triptych.compiler.stages import recipe_of
     from triptych.compiler.targets.base import find_target
 
-    if abi not in ABIS:
+    if abi is not None and abi not in ABIS:
         raise UsageError(f"no ABI is called {abi!r}; known: {', '.join(ABIS)}")
     chosen_target = find_target(target)()
     chosen_recipe = find_recipe(recipe or DEFAULT_RECIPE)
     chosen = None if pipeline is None else _checked_pipeline(as_pipeline(pipeline).checked(), recipe, max_context)
     if chosen is not None:
+        chosen = _with_abi(chosen, abi)
         chosen_recipe = recipe_of(chosen)
     chosen_target.check(chosen_recipe)
     check_destination(out)
@@ -132,8 +141,20 @@ def _export_whole(
     source = _source(model, max_context, progress)
     check(source.model, chosen_recipe)
     if chosen is None:
-        chosen = as_pipeline(default_pipeline(source.model.metadata.max_context, chosen_recipe.name))
+        chosen = _with_abi(as_pipeline(default_pipeline(source.model.metadata.max_context, chosen_recipe.name)), abi)
     return run(source, chosen, stage_cache).lower(chosen_target).save(out)
+
+
+def _with_abi(pipeline: Pipeline, abi: str | None) -> Pipeline:
+    """Return the pipeline with the pass that adopts `abi`, last."""
+    from triptych.compiler.pipeline import as_pipeline
+
+    written = [str(vars(one)["abi"]) for one in pipeline.program if one.name == ABI_PASS]
+    if written and abi is not None:
+        raise UsageError(f"the pipeline adopts the ABI {written[0]} already; leave out the ABI {abi}")
+    if abi is None or abi == DEFAULT_ABI:
+        return pipeline
+    return (pipeline + as_pipeline(f"{ABI_PASS}{{abi={abi}}}")).checked()
 
 
 def _checked_pipeline(pipeline: Pipeline, recipe: str | None, max_context: int | None) -> Pipeline:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,9 @@ MANIFEST_NAME: Final = "triptych.json"
 FORMAT: Final = "triptych-artifact"
 FORMAT_VERSION: Final = 1
 ABI: Final = "triptych/1"
+EXECUTORCH_LLM_ABI: Final = "executorch-llm/1"
+CHOSEN_TOKEN: Final = "token"
+"""The output of a decode method that chooses the most likely token itself, int64 [1, 1], in place of "logits"."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,8 @@ class ImageSettings:
 
     `resize` is (height, width), or (shortest_edge,); `resample` is Pillow's filter number; `crop` is (height,
     width), cut from the centre; `rescale` multiplies the 0 to 255 values; `mean` and `std` normalize each of
-    the RGB channels. `tokens` embeddings stand for one image, at each placeholder `token` with id `token_id`;
-    `prefix` and `suffix` are token ids the model expects around them.
+    the RGB channels. `tokens` embeddings stand for one image, at each placeholder `token` with id `token_id`, or none
+    where the encoder writes state instead; `prefix` and `suffix` are token ids the model expects around them.
     """
 
     token: str
@@ -152,7 +155,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything the runtime needs to know of an artifact. Raises nothing itself; see `from_json`."""
+    """Everything the runtime needs to know of an artifact. Raises nothing itself; see `from_json`.
+
+    `kept_tokens` are the ids that the program can take and give (see `token_ids`), None for the whole vocabulary.
+    """
 
     programs: tuple[ProgramFile, ...]
     methods: Mapping[str, MethodSignature]
@@ -173,6 +179,7 @@ class Manifest:
     provenance: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     abi: str = ABI
+    kept_tokens: str | None = None
 
     def method_with_role(self, role: str) -> str | None:
         """Return the name of the one method that has `role`, or None."""
@@ -185,6 +192,8 @@ class Manifest:
     def to_json(self) -> str:
         """Return stable JSON text: sorted keys, two spaces, a final newline."""
         data = {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if self.kept_tokens is None:  # releases that do not know of it read what does not need it
+            del data["kept_tokens"]
         return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -231,6 +240,26 @@ class Manifest:
                 )
             if sha256_of(path) != record.sha256:
                 raise ArtifactError(f"{path} does not have the sha256 its manifest states; export the model again")
+
+
+def token_ids(text: str) -> list[int]:
+    """Return the ids that a text such as "0-255,300" stands for; raises `ValueError` for any other text."""
+    ids: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        ids += range(int(first), int(last or first) + 1)
+    return ids
+
+
+def token_text(ids: Iterable[int]) -> str:
+    """Return the text that `token_ids` reads: the ids in order, consecutive ones as a range."""
+    ranges: list[list[int]] = []
+    for one in sorted(set(ids)):
+        if ranges and ranges[-1][1] == one - 1:
+            ranges[-1][1] = one
+        else:
+            ranges.append([one, one])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def sha256_of(path: Path) -> str:

@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from triptych.compiler.model import Model
-from triptych.compiler.oracle import Oracle, TraceReport
-from triptych.compiler.pass_kinds import DEFAULT_TOLERANCES
+from triptych.compiler.oracle import Oracle, TraceReport, wider
+from triptych.compiler.pass_kinds import DEFAULT_TOLERANCES, Tolerance
+from triptych.compiler.pipeline import as_pipeline
 from triptych.compiler.quantize.recipes import find_recipe
 from triptych.compiler.stages import Source, silent
 from triptych.compiler.trace import compare, reference
 from triptych.compiler.trace_plans import PROMPT_LENGTHS, Pictures, Subject, make_plans
 from triptych.demo.scenes import random_scene, render
-from triptych.errors import UsageError
-from triptych.manifest import Manifest
+from triptych.errors import PipelineError, UsageError
+from triptych.manifest import Manifest, token_ids
 from triptych.runtime.images import preprocess
 from triptych.runtime.loaders import load_runner
 
@@ -88,7 +90,8 @@ def verify(
 
     `tokens` positions are decoded after each prompt; prompts that do not fit the artifact's context are left
     out. A quantized artifact is held to the same recipe in eager, as tightly as that recipe's own rounding
-    noise permits; its KL from fp32 is reported, and bounded by `max_kl` where given. Raises `ArtifactError`,
+    noise permits; its KL from fp32 is reported, and bounded by `max_kl` where given. Passes of its pipeline that
+    declare a wider tolerance are granted it. Raises `ArtifactError`,
     `ModelError`, or `UsageError` where no prompt fits.
     """
     manifest = Manifest.load(folder)
@@ -101,20 +104,33 @@ def verify(
     plans = make_plans(_subject(folder, manifest), tokens, prompt_lengths)
     recipe = find_recipe(manifest.recipe)
     own = model if recipe.is_float else Source(model).quantize(recipe.name).model
-    oracle = Oracle(own, plans, recipe=recipe.name, quantized=not recipe.is_float)
+    oracle = Oracle(own, plans, recipe=recipe.name, quantized=not recipe.is_float).within(manifest.kept_tokens)
     methods = {role: name for name, method in manifest.methods.items() for role in method.roles}
     with load_runner(folder, manifest) as runner:
-        reports = tuple(oracle.judge(runner, methods, perturbed=True, report=report))
+        reports = tuple(oracle.judge(runner, methods, declared=_declared(manifest), perturbed=True, report=report))
     from_float = [one.comparison for one in reports]
     if not recipe.is_float:
         report("compare with the fp32 model")
         tolerance = DEFAULT_TOLERANCES["float32"]
+        kept = None if manifest.kept_tokens is None else torch.tensor(token_ids(manifest.kept_tokens))
         from_float = [
-            compare(one.trace, reference(model, one.trace), judged.got, tolerance)
+            compare(one.trace, reference(model, one.trace), judged.got, tolerance, kept)
             for one, judged in zip(oracle.references, reports, strict=True)
         ]
     kl = statistics.fmean(kl for one in from_float for kl in one.kls)
     return VerifyReport(str(folder), manifest.recipe, manifest.target, reports, kl, max_kl)
+
+
+def _declared(manifest: Manifest) -> Tolerance | None:
+    """Return the widest tolerance that a pass of the artifact's pipeline declares; None where it cannot be read."""
+    try:
+        passes = as_pipeline(manifest.pipeline).passes
+    except PipelineError:
+        return None  # a pass that is not installed here: the artifact is held to the tightest
+    declared: Tolerance | None = None
+    for one in passes:
+        declared = wider(one.tolerances["float32"], declared)
+    return declared
 
 
 def _subject(folder: Path, manifest: Manifest) -> Subject:
