@@ -19,10 +19,10 @@ TARGET_GROUP: Final = "triptych.targets"
 TARGET_PACKAGE: Final = "triptych.compiler.targets"
 HELPERS: Final = frozenset(
     {
-        "acyclic-partitions",
         "base",
         "custom-ops",
         "edge",
+        "levels",
         "executorch",
         "missing-sdk",
         "needed-passes",

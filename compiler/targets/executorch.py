@@ -15,7 +15,6 @@ from triptych.compiler.abi import constant_methods
 from triptych.compiler.editing import bound_names, copy_graph_module, mutated_buffers, rebuild
 from triptych.compiler.partition_explainer import tag
 from triptych.compiler.program import Program
-from triptych.compiler.targets.acyclic_partitions import acyclic_partitions
 from triptych.compiler.targets.custom_ops import register_llama_operators
 from triptych.compiler.targets.edge import to_edge_transform_and_lower
 from triptych.compiler.targets.needed_passes import needed_passes_only
@@ -60,7 +59,7 @@ def lower(program: Program, manifest: Manifest, partitioner: Any, report: Callab
     written = {name: _with_state_written(program, method.exported) for name, method in program.methods.items()}
     methods = {name: _stripped(name, exported) for name, exported in written.items()}
     try:
-        with warnings.catch_warnings(), needed_passes_only(), acyclic_partitions():
+        with warnings.catch_warnings(), needed_passes_only(), dynamic_slices():
             warnings.simplefilter("ignore")
             report("partition")
             constants = {MANIFEST_METHOD: manifest.without_hashes().to_json(), **constant_methods(program)}

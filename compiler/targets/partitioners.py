@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.operators.op_slice_copy import SliceCopyVisitor
+from executorch.backends.xnnpack.operators import node_visitor
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.generic_node_configs import SliceCopyConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -25,6 +25,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 
 from triptych.compiler.editing import bound_names, mutated_buffers
 from triptych.compiler.partition_explainer import calls, general_reason, reason_key
+from triptych.compiler.targets.levels import levels
 
 NO_RULE = "XNNPACK has no rule for this operator"
 IN_SHARED_STATE = "it works on state that methods share, and a delegate would keep its own copy"
@@ -51,7 +52,8 @@ class DynamicSlice(SliceCopyConfig):  # type: ignore[misc]  # executorch has no 
 @contextmanager
 def dynamic_slices() -> Iterator[None]:
     """Write the sizes of slices that are dynamic as 0, for the time of a lowering: XNNPACK takes it for "all of it"."""
-    define = SliceCopyVisitor.define_node
+    slices = node_visitor._node_visitor_dict["aten.slice_copy.Tensor"]  # noqa: SLF001 (the class has no other name)
+    define = slices.define_node
 
     def define_dynamic(visitor: Any, node: Node, graph: Any, *rest: Any) -> None:
         define(visitor, node, graph, *rest)
@@ -61,11 +63,11 @@ def dynamic_slices() -> Iterator[None]:
             for given, size in zip(written.sizes, node.meta["val"].shape, strict=True)
         ]
 
-    SliceCopyVisitor.define_node = define_dynamic
+    slices.define_node = define_dynamic
     try:
         yield
     finally:
-        SliceCopyVisitor.define_node = define
+        slices.define_node = define
 
 
 class WatchedXnnpack(Partitioner):  # type: ignore[misc]
@@ -83,12 +85,17 @@ class WatchedXnnpack(Partitioner):  # type: ignore[misc]
         return self._inner.ops_to_not_decompose(ep)
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
-        """Partition as XNNPACK does, and note the reasons."""
-        result = self._inner.partition(exported_program)
+        """Tag what XNNPACK's rules match, by depth, and note the reasons for the rest."""
+        groups = self._inner.get_matched_nodes_from_configs(exported_program)
+        tags = {}
+        for depth, nodes in levels(exported_program.graph, groups).items():
+            tags[f"tag{depth}"] = self._inner.delegation_spec
+            for node in nodes:
+                node.meta["delegation_tag"] = f"tag{depth}"
         for node in calls(exported_program.graph_module):
             if "delegation_tag" not in node.meta:
                 self.reasons[reason_key(node)] = self._reason(node, exported_program)
-        return result
+        return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
 
     def _reason(self, node: Node, exported: ExportedProgram) -> str:
         name = format_target_name(getattr(node.target, "__name__", str(node.target)))
@@ -96,7 +103,7 @@ class WatchedXnnpack(Partitioner):  # type: ignore[misc]
         if rule is None:
             return NO_RULE
         if rule.check_constraints(node, exported):
-            return "XNNPACK would take it, and its partition was dropped"
+            return "XNNPACK would take it alone, and not with what it needs"
         # Each file of rules has one `why`, which keeps the last node and its reason.
         for base in type(rule).__mro__:
             why = getattr(sys.modules[base.__module__], "why", None)

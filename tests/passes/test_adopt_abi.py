@@ -16,7 +16,7 @@ from triptych.compiler.pass_kinds import MatchLog
 from triptych.compiler.program import Program
 from triptych.compiler.roles import PREFILL, Role, encoder
 from triptych.compiler.stages import Captured
-from triptych.errors import PipelineError, VerificationError
+from triptych.errors import ModelError, PipelineError, VerificationError
 from triptych.manifest import DynamicDim, TensorSignature
 from triptych.passes.adopt_abi import AdoptABI
 from triptych.testing import check_pass, default_model
@@ -126,6 +126,13 @@ class IgnoresThePosition(AdoptABI):
 def test_the_oracle_catches_a_decoder_that_forgets_where_it_is() -> None:
     with pytest.raises(VerificationError, match="adopt-abi"):
         check_pass(IgnoresThePosition("executorch-llm"), tiny.tiny(), after=TINY_WITH_CACHE, matches=1)
+
+
+def test_lowering_sees_that_one_method_goes_on_from_itself() -> None:
+    captured = tiny.captured().rewrite("last-token-logits")
+    captured.rewrite(ADOPT).lower("eager")
+    with pytest.raises(ModelError, match="decode does not go on from prefill"):
+        captured.rewrite(IgnoresThePosition("executorch-llm")).lower("eager")
 
 
 class Seeing(tiny.TinyModel):
