@@ -99,9 +99,11 @@ class Dimensions:
             if symbol in self._producer.range_constraints:
                 self.range_constraints[new] = self._producer.range_constraints[symbol]
         for exported, symbols in ((self._consumer, UNCHANGED), (self._producer, self.producers)):
+            own = set(_symbols(exported))
             for asserts in _environment(exported).deferred_runtime_asserts.values():
                 for one in asserts:
-                    self._environment.guard_or_defer_runtime_assert(one.expr.xreplace(symbols), str(one.msg))
+                    if one.expr.free_symbols <= own:  # the others belong to a lowering of the same program
+                        self._environment.guard_or_defer_runtime_assert(one.expr.xreplace(symbols), str(one.msg))
         self._environment.freeze()
 
     def _adopt(self, symbol: sympy.Symbol, new: sympy.Symbol, exported: ExportedProgram) -> None:
