@@ -35,8 +35,8 @@ TURNS: Final = tuple(
 WHOLE_CONTEXTS: Final = range(128, 301)
 """Context lengths that one conversation fills to the last slot.
 
-Positions in a type that is too narrow go wrong at 128, a table or a mask that is one short at the last slot. The other
-conversations come near the end of a shorter context, and a longer one has room for a prompt of 300.
+Positions in a type that is too narrow go wrong at 128 (in a second prefill too, which begins at three quarters), a table
+or a mask that is one short at the last slot. The other conversations come near the end of a shorter context, and a longer one has room for a prompt of 300.
 """
 
 TEXT: Final = (
@@ -122,9 +122,12 @@ def make_plans(subject: Subject, tokens: int, prompt_lengths: Sequence[int] = PR
         length = sum(step.count for step in turns)
         plans.append(TracePlan("chunked prefill, second turn", turns, partial(_random_tokens, subject, length)))
     if subject.max_context in WHOLE_CONTEXTS:
-        steps = (Step("prefill", subject.max_context - tokens), Step("decode", tokens))
+        first = 3 * (subject.max_context - tokens) // 4
+        rest = subject.max_context - tokens - first
         drawn = partial(_random_tokens, subject, subject.max_context)
-        plans.append(TracePlan("whole context", steps, drawn))
+        plans.append(
+            TracePlan("whole context", (Step("prefill", first), Step("prefill", rest), Step("decode", tokens)), drawn)
+        )
     if subject.image is not None and subject.pictures is not None:
         image_plans = _image_plans if subject.image.tokens else _state_image_plans
         plans += image_plans(subject, subject.image, subject.pictures)

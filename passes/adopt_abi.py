@@ -30,7 +30,8 @@ Refuse = Callable[[str], None]
 class AdoptABI(ProgramPass):
     """Give the program the entry points that another runtime's contract asks for.
 
-    ``executorch-llm`` is the contract of ExecuTorch's own runners, ``TextLLMRunner`` and ``MultimodalRunner``:
+    `abi` names the contract. ``executorch-llm`` is that of ExecuTorch's own runners, ``TextLLMRunner`` and
+    ``MultimodalRunner``:
 
     1. Of a program without encoders one method is left: ``forward(tokens [1, S], start_pos [1]) -> logits``, the token
        embedding and the prefill in one. It takes prompts at once and generated tokens one by one.

@@ -39,7 +39,7 @@ class QuantizeEmbedding(ProgramPass):
     1. A table is one that tokens look up: the indices come from an input that is linked to "tokens". Tables of
        positions stay as they are.
     2. Each row is quantized symmetrically, in groups of `group` elements or as a whole: the scale is the smallest with
-       which no element is clipped, in float32. `bits=4` packs two elements a byte.
+       which no element is clipped, in float32. An element takes `bits` bits; of 4, two are packed in a byte.
     3. All methods share the table. A table that anything else uses, such as a projection to the vocabulary that is
        tied to it, would be stored beside its quantized form: that is refused, unless `untie` accepts the bytes.
     4. Left alone are quantized tables, and rows that do not fall into groups.

@@ -21,6 +21,7 @@ from triptych.compiler.program import Method
 from triptych.compiler.registry import find_pass, pass_names
 from triptych.errors import PipelineError
 from triptych.passes.assert_cost import AssertCost
+from triptych.passes.prune_vocabulary import PruneVocabulary
 from triptych.passes.quantize import Quantize
 from triptych.passes.static_kv_cache import StaticKVCachePass
 from triptych.passes.swap_sdpa import SwapSDPA
@@ -257,6 +258,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 
 def passes(pass_class: type[Pass]) -> st.SearchStrategy[Pass]:
     """Passes of one class with any options, some of them left at their defaults."""
+    if pass_class is PruneVocabulary:  # it wants one of its options and not the other, and `keep` is a file
+        return st.builds(PruneVocabulary, top=st.integers(1, 1000))
     hints = typing.get_type_hints(pass_class)
     options = {}
     for field in dataclasses.fields(pass_class):

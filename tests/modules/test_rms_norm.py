@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests.modules.engines import CHEAP, captured_calls, run_everywhere, together
 from triptych.compiler.targets.pte import read_pte
+from triptych.compiler.targets.xnnpack import Xnnpack
 from triptych.modules.rms_norm import RMSNorm, averaging, rms_norm
 
 WIDTH = 64
@@ -58,11 +59,19 @@ def test_one_delegate_takes_all_of_it(module: RMSNorm, tmp_path: Path) -> None:
     assert not method.operators
 
 
-def test_the_norm_of_torch_does_not_go_in_whole(tmp_path: Path) -> None:
-    """The reason for this module; where this fails, it is no longer needed."""
-    captured_calls(nn.RMSNorm(WIDTH, eps=1e-6), CALLS).lower("xnnpack").save(tmp_path / "artifact")
+def test_the_norm_of_torch_goes_in_whole_by_the_targets_passes(tmp_path: Path) -> None:
+    captured = captured_calls(nn.RMSNorm(WIDTH, eps=1e-6), CALLS)
+    captured.lower("xnnpack").save(tmp_path / "artifact")
     method = read_pte(tmp_path / "artifact" / "model.pte").methods["call"]
-    assert method.operators
+    assert method.delegates == {"XnnpackBackend": 1}
+    assert not method.operators
+
+
+def test_without_them_it_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason for this module: its form needs no pass."""
+    monkeypatch.setattr(Xnnpack, "pipeline", lambda _: "legalize-executorch")
+    captured_calls(nn.RMSNorm(WIDTH, eps=1e-6), CALLS).lower("xnnpack").save(tmp_path / "artifact")
+    assert read_pte(tmp_path / "artifact" / "model.pte").methods["call"].operators
 
 
 @pytest.mark.parametrize(
