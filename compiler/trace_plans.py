@@ -35,9 +35,9 @@ TURNS: Final = tuple(
 WHOLE_CONTEXTS: Final = range(128, 301)
 """Context lengths that one conversation fills to the last slot.
 
-Positions in a type that is too narrow go wrong at 128, in a second prefill too, which begins at three quarters; a
-table or a mask that is one short goes wrong at the last slot. The other conversations come near the end of a shorter context, and
-a longer one has room for a prompt of 300.
+Positions in a type that is too narrow go wrong at 128, in a second prefill too, which begins at three quarters; a table
+or a mask that is one short goes wrong at the last slot. The other conversations come near the end of a shorter context,
+and a longer one has room for a prompt of 300.
 """
 
 TEXT: Final = (
