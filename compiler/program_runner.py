@@ -5,14 +5,16 @@ Both play call traces, so the oracle judges every stage of a compilation as it j
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Interpreter, Node
 
 from triptych.compiler.capture import bound_forward
+from triptych.compiler.derived_weights import storage_place
 from triptych.compiler.editing import bound_names, bound_tensor
 from triptych.compiler.model import EntryPoint, Model
 from triptych.compiler.program import Method, Program
@@ -33,14 +35,51 @@ def _failures_named(method: str, tensors: Mapping[str, Tensor]) -> Iterator[None
         raise VerificationError(f"{method} fails on inputs of {shapes}: {reason}", method=method) from error
 
 
+class _DequantizedOnce(Interpreter):
+    """Runs a graph, and keeps the floats that quantized weights stand for: every call needs the same ones."""
+
+    def __init__(self, method: Method, weights: Collection[str], kept: dict[Any, Tensor]) -> None:
+        super().__init__(method.exported.graph_module)
+        self._kept = kept
+        names = bound_names(method.exported)
+        self._of_weights = {
+            node
+            for node in method.exported.graph.nodes
+            if str(node.target).startswith("torchao.dequantize")
+            and all(names.get(used.name) in weights for used in node.all_input_nodes)
+        }
+
+    @property
+    def is_needed(self) -> bool:
+        """True where the graph has quantized weights."""
+        return bool(self._of_weights)
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node, or take what an earlier call computed from the same elements of the same weights."""
+        if n not in self._of_weights:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        parts = [storage_place(one) if isinstance(one, Tensor) else str(one) for one in (*args, *kwargs.items())]
+        key = (n.target, *parts)
+        if key not in self._kept:
+            self._kept[key] = super().run_node(n)
+        return self._kept[key]
+
+
 class ProgramRunner:
-    """Runs a program's graphs in eager torch, over a copy of its state; the program stays as it is."""
+    """Runs a program's graphs in eager torch, over a copy of its state; the program stays as it is.
+
+    It holds the weights of quantized programs as floats once they were used.
+    """
 
     def __init__(self, program: Program) -> None:
         self._initial = {name: row.initial for name, row in program.state.items()}
         self._methods = dict(program.methods)
         self._state = {name: tensor.clone() for name, tensor in self._initial.items()}
         self._bound = {name: self._tensors_of(method) for name, method in program.methods.items()}
+        weights = {use.name for weight in program.weights.values() for use in weight.uses}
+        kept: dict[Any, Tensor] = {}
+        self._quantized = {name: _DequantizedOnce(method, weights, kept) for name, method in self._methods.items()}
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -57,7 +96,8 @@ class ProgramRunner:
         chosen = self._methods[method]
         arguments = [*self._bound[method], *(tensors[port.name] for port in chosen.inputs)]
         with _failures_named(method, tensors), torch.no_grad():
-            results = chosen.exported.graph_module(*arguments)
+            quantized = self._quantized[method]
+            results = quantized.run(*arguments) if quantized.is_needed else chosen.exported.graph_module(*arguments)
         return {port.name: value for port, value in zip(chosen.outputs, results, strict=True)}
 
     def reset_state(self) -> None:
